@@ -1,0 +1,71 @@
+"""Names for classes: what a config may call by name, and how a user adds to it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from ftnas.settings import did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A table from name to class or function, for one kind of thing.
+
+    A name that holds a colon, ``package.module:Name``, is imported instead of looked up. Pass
+    ``allow_import=True`` only for names that come from the user's own config, never for one that was read from a
+    genotype, a checkpoint or a run folder.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that adds its argument under ``name``; a name taken already is a ValueError."""
+
+        def add(entry: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} {name!r} is registered already, as {self._entries[name]!r}")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def get(self, name: str, *, allow_import: bool = False) -> T:
+        """Return the entry of that name.
+
+        Raises:
+            ValueError: No such name (the message tells the nearest), or nothing can be imported under it.
+        """
+        if name in self._entries:
+            return self._entries[name]
+        if ":" in name:
+            if not allow_import:
+                raise ValueError(f"{self.kind} {name!r}: names to import are accepted from a config only")
+            return import_name(name, self.kind)  # type: ignore[no-any-return]
+        raise ValueError(f"unknown {self.kind} {name!r}; {did_you_mean(name, self._entries)}")
+
+    def names(self) -> list[str]:
+        """Return all registered names, in order of registration."""
+        return list(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+
+def import_name(name: str, kind: str = "object"):  # type: ignore[no-untyped-def]
+    """Import ``package.module:Name`` and return it; a ValueError says which half is missing."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"{kind} {name!r}: cannot import module {module_name!r} ({error})") from None
+    if not hasattr(module, attribute):
+        raise ValueError(f"{kind} {name!r}: module {module_name!r} has no {attribute!r}")
+    return getattr(module, attribute)

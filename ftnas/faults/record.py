@@ -1,0 +1,82 @@
+"""What an injection hit: counted without waiting for the device, read when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ftnas.faults.base import Fault, Plan
+
+SURELY_HIT = 20.0
+"""Expected hits above which none at all means a broken injection (its probability is under e^-20 = 2e-9)."""
+
+
+@dataclass(frozen=True)
+class LayerHits:
+    """Units at risk, units hit, and the number of hits that the rates let expect, over all plans of one layer."""
+
+    sites: int
+    hits: int
+    expected: float
+
+    @property
+    def rate(self) -> float:
+        """Realised rate: hits per unit at risk; 0 when nothing was at risk."""
+        return self.hits / self.sites if self.sites else 0.0
+
+
+@dataclass(frozen=True)
+class FaultRecord(LayerHits):
+    """The same over all layers, for one fault model."""
+
+    fault: str
+    layers: dict[str, LayerHits]
+
+
+@dataclass(frozen=True)
+class InjectionRecord(LayerHits):
+    """The same over all fault models of one injection."""
+
+    faults: tuple[FaultRecord, ...]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers in which at least one unit was hit."""
+        return tuple(dict.fromkeys(name for f in self.faults for name, layer in f.layers.items() if layer.hits))
+
+
+class Tally:
+    """Adds up plans as they are drawn."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self._faults = list(faults)
+        self._sums: list[dict[str, tuple[int, float, Tensor | int]]] = [{} for _ in self._faults]
+
+    def add(self, fault: Fault, layer: str, plan: Plan) -> None:
+        """Count one plan of one layer; on a CPU plans hold no padding, elsewhere the count stays on the device."""
+        hits: Tensor | int = len(plan.sites) if plan.sites.device.type == "cpu" else plan.hits()
+        sums = self._sums[self._faults.index(fault)]
+        sites, expected, before = sums.get(layer, (0, 0.0, 0))
+        sums[layer] = (sites + plan.population, expected + plan.population * plan.rate, before + hits)
+
+    def record(self) -> InjectionRecord:
+        """Return the sums so far; reads them back from the device."""
+        faults = []
+        for fault, sums in zip(self._faults, self._sums, strict=True):
+            layers = {name: LayerHits(sites, int(hits), exp) for name, (sites, exp, hits) in sums.items()}
+            faults.append(FaultRecord(*_total(list(layers.values())), fault=fault.name, layers=layers))
+        return InjectionRecord(*_total(faults), faults=tuple(faults))
+
+    def check(self) -> None:
+        """Raise a RuntimeError when a fault model hit nothing although hits were certain to occur."""
+        for fault in self.record().faults:
+            if fault.hits == 0 and fault.expected > SURELY_HIT:
+                raise RuntimeError(
+                    f"{fault.fault} hit none of {fault.sites} sites where {fault.expected:.0f} hits were expected"
+                )
+
+
+def _total(parts: Sequence[LayerHits]) -> tuple[int, int, float]:
+    return sum(p.sites for p in parts), sum(p.hits for p in parts), sum(p.expected for p in parts)

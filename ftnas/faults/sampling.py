@@ -1,0 +1,67 @@
+"""Exact, sparse drawing of the sites of independent faults."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DENSE_ABOVE = 0.15
+"""Rate above which one number per site is quicker than one per hit (measured on one CPU core)."""
+
+
+def bernoulli_sites(population: int, rate: float, *, generator: torch.Generator) -> Tensor:
+    """Draw which of ``population`` sites are hit, each independently with probability ``rate``.
+
+    For small rates the gaps between hits are drawn, which are geometric: floor(E / -log(1 - rate)) sites are passed
+    over before each hit, with E a standard exponential in float64. On a CPU the result holds exactly the hits. On
+    another device its length is fixed beforehand, so that nothing waits for the device: entries equal to
+    ``population`` are padding, and the chance that the length does not suffice is under 1e-12.
+
+    Args:
+        population: Number of sites.
+        rate: Probability of a hit, in [0, 1].
+        generator: Where the numbers come from; its device is the device of the result.
+
+    Returns:
+        int64 [K], ascending and distinct apart from the padding.
+    """
+    device = generator.device
+    if rate <= 0.0 or population == 0:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    if rate >= 1.0:
+        return torch.arange(population, device=device)
+    if rate > DENSE_ABOVE:
+        hit = torch.rand(population, generator=generator, device=device, dtype=torch.float64) < rate
+        if device.type == "cpu":
+            return hit.nonzero().squeeze(1)
+        order = torch.arange(population, device=device)
+        return torch.where(hit, order, population).sort().values
+    expected = population * rate
+    # Hits are binomial; for them to outnumber this by chance is under 1e-12 (Chernoff), and on a CPU the draw goes on.
+    length = min(population, int(expected + 8.0 * math.sqrt(expected) + 32.0))
+    sites = _walk(-1, length, rate, generator)
+    if device.type != "cpu":
+        return sites.clamp_(max=population)
+    while int(sites[-1]) < population - 1:
+        sites = torch.cat([sites, _walk(int(sites[-1]), length, rate, generator)])
+    return sites[: int(torch.searchsorted(sites, population))]
+
+
+def _walk(last: int, length: int, rate: float, generator: torch.Generator) -> Tensor:
+    """Return the next ``length`` hits after site ``last``; int64."""
+    gaps = torch.empty(length, dtype=torch.float64, device=generator.device).exponential_(generator=generator)
+    steps = gaps.mul_(-1.0 / math.log1p(-rate)).floor_().add_(1.0)
+    return steps.cumsum(0).add_(float(last)).to(torch.int64)
+
+
+def random_integers(high: int, length: int, *, generator: torch.Generator) -> Tensor:
+    """Draw ``length`` integers uniform over 0 .. high - 1; int64."""
+    return torch.randint(0, high, (length,), generator=generator, device=generator.device)
+
+
+def bernoulli(rate: float, length: int, *, generator: torch.Generator) -> Tensor:
+    """Draw ``length`` independent events of probability ``rate``; bool."""
+    draws = torch.rand(length, generator=generator, device=generator.device, dtype=torch.float64)
+    return draws < rate

@@ -1,0 +1,62 @@
+"""Which layers of a model are meant: by type, by name pattern, by predicate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ftnas.settings import did_you_mean
+
+LAYER_TYPES = (nn.Conv2d, nn.Linear)
+TYPE_NAMES: dict[str, type[nn.Module]] = {"conv2d": nn.Conv2d, "linear": nn.Linear}
+
+Predicate = Callable[[str, nn.Module], bool]
+Layers = str | Predicate | Sequence[str | Predicate] | None
+
+
+def find_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every Conv2d and Linear of a model by name, each module once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)}
+
+
+def select_layers(candidates: Mapping[str, nn.Module], layers: Layers) -> frozenset[str]:
+    """Return the names of the selected layers.
+
+    Args:
+        candidates: Layers by name.
+        layers: A type name (``conv2d``, ``linear``), a name pattern (``stage1.*``), a predicate of (name, module), or
+            a sequence of those (any may match); None selects all.
+
+    Raises:
+        ValueError: A selector that matches nothing.
+    """
+    if layers is None:
+        return frozenset(candidates)
+    selectors = [layers] if isinstance(layers, str) or callable(layers) else list(layers)
+    chosen: set[str] = set()
+    for selector in selectors:
+        matched = {name for name, module in candidates.items() if _matches(selector, name, module)}
+        if not matched:
+            raise ValueError(f"layers={selector!r} matches no layer; {did_you_mean(str(selector), candidates)}")
+        chosen |= matched
+    if not chosen:
+        raise ValueError(f"layers={layers!r} selects no layer; None selects all")
+    return frozenset(chosen)
+
+
+def _matches(selector: str | Predicate, name: str, module: nn.Module) -> bool:
+    if not isinstance(selector, str):
+        return bool(selector(name, module))
+    kind = TYPE_NAMES.get(selector.lower())
+    return isinstance(module, kind) if kind is not None else fnmatchcase(name, selector)
+
+
+def macs_per_output(layer: nn.Module) -> int:
+    """Return the multiply-accumulates behind one output value of a Conv2d or Linear, M_l."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    raise TypeError(f"not a Conv2d or Linear: {type(layer).__name__}")

@@ -1,0 +1,172 @@
+"""Dynamic fixed point: one power-of-two step per tensor, found from the tensor or given.
+
+With ``m = max(max|x|, 1e-5)`` and ``s = ceil(log2(m))`` the fraction length is ``l = (bits - 1) - s`` and the step
+``LSB = 2^-l`` (minimal overflow, FTT-NAS section 5.1). A value x becomes ``clamp(round_half_even(x / LSB), lo, hi) * LSB``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ftnas.settings import Positive, Settings
+
+SMALLEST_RANGE = 1e-5
+
+
+class Bounded(Settings):
+    """A range that is given: values beyond ``bound`` are clipped to the format's limits."""
+
+    bound: Positive
+
+
+class Frozen(Settings):
+    """A fraction length that was found once, by calibration; what hardware deploys."""
+
+    fraction_length: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The representable values of one quantized tensor: the integers lo..hi times ``lsb``.
+
+    Attributes:
+        lsb: float32 scalar tensor, an exact power of two, on the tensor's device.
+        bits: Word width with the sign.
+        lo: Smallest integer.
+        hi: Largest integer.
+    """
+
+    lsb: Tensor
+    bits: int
+    lo: int
+    hi: int
+
+    @property
+    def bound(self) -> Tensor:
+        """Largest representable magnitude of the positive side, R_w of FTT-NAS eq. 3; a scalar tensor."""
+        return self.lsb * self.hi
+
+
+class FixedPoint(Settings):
+    """A fixed-point format for one kind of tensor.
+
+    Attributes:
+        bits: Word width with the sign, 2 to 24 (all integers are exact in float32).
+        encoding: ``twos_complement`` holds [-2^(bits-1), 2^(bits-1) - 1]; ``sign_magnitude`` holds
+            [-(2^(bits-1) - 1), 2^(bits-1) - 1], as two RRAM crossbars do.
+        range: None finds the range anew from every tensor (the paper's way); `Bounded` and `Frozen` fix it.
+    """
+
+    bits: int = Field(default=8, ge=2, le=24)
+    encoding: Literal["twos_complement", "sign_magnitude"] = "twos_complement"
+    range: Bounded | Frozen | None = None
+
+    def grid(self, x: Tensor) -> Grid:
+        """Return the grid for a tensor of any shape, without waiting for the device.
+
+        A tensor with a NaN or an infinity gets a NaN step, so that it stays visible after quantization.
+        """
+        hi = 2 ** (self.bits - 1) - 1
+        lo = -hi - 1 if self.encoding == "twos_complement" else -hi
+        return Grid(lsb=self._lsb(x), bits=self.bits, lo=lo, hi=hi)
+
+    def _lsb(self, x: Tensor) -> Tensor:
+        if isinstance(self.range, Frozen):
+            return torch.full((), 2.0**-self.range.fraction_length, device=x.device)
+        if isinstance(self.range, Bounded):
+            largest = torch.full((), self.range.bound, device=x.device)
+        elif x.numel() == 0:
+            largest = torch.full((), SMALLEST_RANGE, device=x.device)
+        else:
+            low, high = torch.aminmax(x.detach())
+            largest = torch.maximum(-low, high).float().clamp_min(SMALLEST_RANGE)
+        # m = mantissa * 2^e with mantissa in [0.5, 1), so m / mantissa = 2^e exactly; a mantissa of 0.5 means that
+        # m is a power of two itself. A rounded log2 would be off by one just above powers of two.
+        mantissa, _ = torch.frexp(largest)
+        power = torch.where(mantissa == 0.5, largest, largest / mantissa)
+        return power * 2.0 ** (1 - self.bits)
+
+    def fraction_length(self, x: Tensor) -> int:
+        """Return l with LSB = 2^-l for a tensor of any shape (reads the value back from the device)."""
+        _, exponent = torch.frexp(self._lsb(x))
+        return 1 - int(exponent)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the integers of a float tensor, int32, same shape."""
+        grid = self.grid(x)
+        return (x.float() / grid.lsb).round().clamp(grid.lo, grid.hi).to(torch.int32)
+
+    def decode(self, integers: Tensor, fraction_length: int) -> Tensor:
+        """Return the float32 values of integers with the given fraction length."""
+        return integers.float() * 2.0**-fraction_length
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Round a float tensor of any shape to the grid; same shape and dtype.
+
+        The gradient is 1 where the rounded integer lies in [lo, hi] before clamping, else 0 (straight-through).
+        """
+        return straight_through(x, lambda values, need: _rounded(values, self.grid(values), need))
+
+
+class Quantization(Settings):
+    """The formats of weights and of features."""
+
+    weights: FixedPoint = FixedPoint()
+    features: FixedPoint = FixedPoint()
+
+    @classmethod
+    def of(cls, value: Quantization | FixedPoint | None) -> Quantization | None:
+        """Return a Quantization; one FixedPoint given alone serves weights and features."""
+        return cls(weights=value, features=value) if isinstance(value, FixedPoint) else value
+
+
+def round_to_grid(x: Tensor, grid: Grid, *, need_inside: bool) -> tuple[Tensor, Tensor | None]:
+    """Return a fresh float32 (or float64) tensor on the grid, and where asked the mask of values that were not clamped."""
+    values = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    integers = (values * grid.lsb.reciprocal()).round_()
+    if not need_inside:
+        return integers.clamp_(grid.lo, grid.hi).mul_(grid.lsb), None
+    clamped = integers.clamp(grid.lo, grid.hi)
+    inside = clamped == integers
+    return clamped.mul_(grid.lsb), inside
+
+
+def _rounded(x: Tensor, grid: Grid, need_inside: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    values, inside = round_to_grid(x, grid, need_inside=need_inside)
+    return values, inside, None
+
+
+def straight_through(x: Tensor, transform: Any) -> Tensor:
+    """Apply ``transform`` to the values of x; its gradient is the identity, where not masked.
+
+    Args:
+        x: Float tensor of any shape.
+        transform: Function of (values, need_mask) that returns a fresh tensor, a bool mask of the same shape where
+            gradients pass (or None: everywhere), and a bool mask where none passes (or None).
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return transform(x.detach(), False)[0].to(x.dtype)
+    return _StraightThrough.apply(x, transform)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, transform: Any) -> Tensor:
+        values, inside, blocked = transform(x.detach(), True)
+        ctx.save_for_backward(inside, blocked)
+        return values.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0]
+        inside, blocked = ctx.saved_tensors
+        if inside is not None:
+            gradient = gradient * inside
+        if blocked is not None:
+            gradient = torch.where(blocked, 0.0, gradient)
+        return gradient, None

@@ -1,0 +1,210 @@
+"""The command line: commands, exit codes, one line for a user's mistake.
+
+Everything beyond click is imported inside the commands, so that ``ftnas --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import ftnas
+
+if TYPE_CHECKING:
+    from ftnas.config import RunConfig
+    from ftnas.pipeline import Pipeline
+    from ftnas.rundir import RunDir
+
+EXAMPLES = """\b
+Examples:
+  ftnas {command} quickstart
+  ftnas {command} quickstart seed=3 search.controller.lr=0.01 --out runs/third
+  ftnas {command} my-config.yaml data.root=~/images --device cuda
+  ftnas {command} --resume runs/quickstart
+"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(ftnas.__version__, prog_name="ftnas")
+def cli() -> None:
+    """Find, train and compare convolutional networks that keep working on faulty hardware.
+
+    \b
+    The three jobs:
+      ftnas search CONFIG    search an architecture
+      ftnas train CONFIG     train it (or a baseline) for faulty hardware
+      ftnas campaign CONFIG  measure models under the same faults
+    `ftnas run CONFIG` does all that the config asks for; `ftnas configs` lists what ships.
+    Exit codes: 0 done, 2 a mistake in what was given (one line says which), 1 anything else.
+    """  # noqa: D301 - click reads the backspace as "do not wrap"
+
+
+def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add what all commands on a config share."""
+    for add in reversed(
+        (
+            click.argument("config", required=False),
+            click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]..."),
+            click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/NAME]"),
+            click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with this run."),
+            click.option("--overwrite", is_flag=True, help="Replace a run folder that exists."),
+            click.option("--device", help="cpu, cuda or auto; short for device=..."),
+            click.option("--seed", type=int, help="Short for seed=..."),
+        )
+    ):
+        command = add(command)
+    return command
+
+
+def _config_command(name: str, *, needs: str | None = None) -> Callable[[Callable[[Pipeline], None]], click.Command]:
+    """Make a command that opens a run and works on it; ``needs`` is the config section without which it has none."""
+
+    def decorate(body: Callable[[Pipeline], None]) -> click.Command:
+        def command(**options: Any) -> None:
+            from ftnas.pipeline import Pipeline
+
+            config, run = _open_run(needs=needs, **options)
+            with run:
+                try:
+                    body(Pipeline(config, run))
+                except KeyboardInterrupt:
+                    click.echo(f"\ninterrupted; go on with: ftnas {name} --resume {run.path}", err=True)
+                    raise SystemExit(130) from None
+
+        command.__doc__ = f"{body.__doc__}\n\n    {EXAMPLES.format(command=name)}"
+        return cli.command(name)(_run_options(command))
+
+    return decorate
+
+
+def _open_run(
+    *,
+    needs: str | None,
+    config: str | None,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    resume: Path | None,
+    overwrite: bool,
+    device: str | None,
+    seed: int | None,
+) -> tuple[RunConfig, RunDir]:
+    from ftnas.config import config_from, read_config
+    from ftnas.rundir import RunDir
+
+    if resume is not None:
+        if config is not None or overrides or out or overwrite or device is not None or seed is not None:
+            raise ValueError("--resume goes on with the run as it was configured; give it alone, or start a new run")
+        run = RunDir.open(resume)
+        return config_from(run.config), run
+    if config is None:
+        raise ValueError("give a config (ftnas configs lists those that ship), or --resume RUN")
+    short = [f"{key}={value}" for key, value in (("device", device), ("seed", seed)) if value is not None]
+    resolved = read_config(config, [*overrides, *short])
+    if needs is not None and getattr(resolved, needs) is None:
+        raise ValueError(f"the config {resolved.name!r} has no {needs} section; ftnas configs shows what each has")
+    path = out if out is not None else Path("runs") / resolved.name
+    return resolved, RunDir.create(path, resolved.model_dump(mode="json"), overwrite=overwrite)
+
+
+@_config_command("run")
+def run_command(pipeline: Pipeline) -> None:
+    """Do every stage of CONFIG: search, train, campaign, report."""
+    for _, stage in pipeline.stages():
+        stage()
+    if pipeline.config.campaign is not None:
+        _report(pipeline.run.path)
+
+
+@_config_command("search", needs="search")
+def search_command(pipeline: Pipeline) -> None:
+    """Search an architecture, as the search section of CONFIG says."""
+    genotype = pipeline.search()
+    click.echo(genotype.describe())
+    click.echo(f"written to {pipeline.run.path / 'search' / 'genotype.json'}")
+
+
+@_config_command("train", needs="train")
+def train_command(pipeline: Pipeline) -> None:
+    """Train the models in the train section of CONFIG for faulty hardware."""
+    pipeline.train()
+    click.echo(f"written to {pipeline.run.path / 'train'}")
+
+
+@_config_command("campaign", needs="campaign")
+def campaign_command(pipeline: Pipeline) -> None:
+    """Measure models on the test set, under the faults in the campaign section of CONFIG."""
+    pipeline.campaign()
+    _report(pipeline.run.path)
+
+
+@cli.command("report")
+@click.argument("run", type=click.Path(path_type=Path))
+def report_command(run: Path) -> None:
+    """Make the tables, plots and report.html of a finished RUN folder."""
+    _report(run)
+
+
+def _report(run: Path) -> None:
+    from ftnas.report import make_report
+
+    make_report(run)
+
+
+@cli.command("baselines")
+def baselines_command() -> None:
+    """List the baseline networks, with their size at 32x32 and 10 classes."""
+    from ftnas.listing import list_baselines
+
+    list_baselines()
+
+
+@cli.command("spaces")
+def spaces_command() -> None:
+    """List the search spaces that ship."""
+    from ftnas.listing import list_spaces
+
+    list_spaces()
+
+
+@cli.command("configs")
+def configs_command() -> None:
+    """List the configs that ship."""
+    from ftnas.listing import list_configs
+
+    list_configs()
+
+
+def main() -> None:
+    """Run the command line; a ValueError is a user's mistake: one line and exit code 2."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        raise SystemExit(130) from None
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    except (ValueError, click.UsageError) as error:
+        _explain(error)
+        raise SystemExit(2) from None
+    except Exception as error:
+        if not isinstance(error, RuntimeError):
+            traceback.print_exc()
+        _explain(error)
+        raise SystemExit(1) from None
+
+
+def _explain(error: Exception) -> None:
+    """Print an error in one line; with FTNAS_DEBUG set, where it comes from too."""
+    if os.environ.get("FTNAS_DEBUG"):
+        traceback.print_exc()
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""A run's config file: YAML, then ``key.path=value`` overrides, through one strict parser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from ftnas.campaign import CampaignConfig
+from ftnas.data import DataConfig
+from ftnas.faults.hardware import Hardware
+from ftnas.models import ModelConfig
+from ftnas.search import SearchConfig
+from ftnas.settings import Count, Settings, parse
+from ftnas.shipped import find_file, shipped_names
+from ftnas.train import TrainConfig, check_alpha
+
+FOLDER = "configs"
+VERSION = 1
+SEARCHES = ("search", "control")
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+
+
+class TrainStage(Settings):
+    """Final training of one or more models with one recipe.
+
+    Attributes:
+        recipe: How each is trained.
+        models: Models by name; the first is the one that ``train/model.pt`` holds. ``genotype: search`` and
+            ``genotype: control`` mean what this run's searches found.
+        seeds: Training seeds; every model is trained once for each.
+    """
+
+    recipe: TrainConfig
+    models: dict[Name, ModelConfig] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("each training seed once")
+        return seeds
+
+
+class GivenModel(Settings):
+    """A trained model from outside the run: a model file of ours, or the user's own factory with its weights.
+
+    Attributes:
+        file: A ``model.pt`` of ``ftnas train``.
+        factory: ``package.module:Name``, called with ``num_classes=`` and ``in_channels=``.
+        checkpoint: The factory's ``state_dict``, as ``torch.save`` wrote it.
+    """
+
+    file: str | None = None
+    factory: str | None = None
+    checkpoint: str | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> GivenModel:
+        if (self.file is None) == (self.factory is None):
+            raise ValueError("give either file (a model.pt) or factory (with checkpoint)")
+        if (self.factory is None) != (self.checkpoint is None):
+            raise ValueError("factory and checkpoint belong together: untrained weights are not worth a campaign")
+        return self
+
+
+class RunConfig(Settings):
+    """Everything that a run does, stage by stage; a stage that is left out is not part of the run.
+
+    Attributes:
+        version: Schema version of the file, 1.
+        name: Name of the run, and of its folder under ``runs/``.
+        description: One line for ``ftnas configs``.
+        seed: Seed of everything random.
+        device: ``cpu``, ``cuda`` or ``auto`` (cuda where there is one).
+        threads: CPU threads of torch; None leaves torch's own number. Float sums depend on it.
+        data: The dataset.
+        hardware: Faults and number formats of search and training.
+        search: The architecture search.
+        control: A second search to compare with, e.g. a random one of equal budget.
+        train: Final trainings.
+        campaign: Evaluation on the test set.
+        models: Further trained models for the campaign.
+    """
+
+    version: Literal[1]
+    name: Name
+    description: str = ""
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    threads: Count | None = None
+    data: DataConfig
+    hardware: Hardware = Hardware()
+    search: SearchConfig | None = None
+    control: SearchConfig | None = None
+    train: TrainStage | None = None
+    campaign: CampaignConfig | None = None
+    models: dict[Name, GivenModel] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> RunConfig:
+        for name in SEARCHES:
+            stage: SearchConfig | None = getattr(self, name)
+            if stage is not None:
+                check_alpha(stage.weights.alpha_l, self.hardware, f"{name}.weights.alpha_l")
+                check_alpha(stage.alpha_r, self.hardware, f"{name}.alpha_r")
+        if self.train is not None:
+            check_alpha(self.train.recipe.alpha_l, self.hardware, "train.recipe.alpha_l")
+            for name, model in self.train.models.items():
+                if model.genotype in SEARCHES and getattr(self, model.genotype) is None:
+                    raise ValueError(f"train.models.{name} takes the genotype of a {model.genotype} that is not there")
+        if self.models and self.campaign is None:
+            raise ValueError("models are for a campaign, and there is none; add a campaign or remove them")
+        if self.campaign is not None and self.train is None and not self.models:
+            raise ValueError("a campaign needs models: a train section, or trained ones under models")
+        return self
+
+
+def config_names() -> list[str]:
+    """Return the names of the shipped configs."""
+    return shipped_names(FOLDER, ".yaml")
+
+
+def read_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a config file and apply overrides.
+
+    Args:
+        name_or_path: A shipped config's name, or a path.
+        overrides: ``key.path=value``, each value in YAML.
+
+    Raises:
+        ValueError: One line: the file, key or value that is wrong, and the nearest right one.
+    """
+    path = find_file(name_or_path, FOLDER, ".yaml", kind="config")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected keys and values, got {type(data).__name__}")
+    data.pop("x-shared", None)  # a place for YAML anchors
+    for override in overrides:
+        _override(data, override)
+    return config_from(data)
+
+
+def config_from(data: Mapping[str, Any]) -> RunConfig:
+    """Build a config from plain data, e.g. that of a run folder."""
+    return parse(RunConfig, data)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Set one ``key.path=value`` in place; intermediate sections are made where they are missing."""
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ValueError(f"an override is written key.path=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{path}: the value is not valid YAML, got {text!r}") from None
+    section: Any = data
+    for index, key in enumerate(keys):
+        last = index == len(keys) - 1
+        if isinstance(section, list):
+            if not key.isdigit() or int(key) >= len(section):
+                raise ValueError(f"{path}: {key!r} is not an index into a list of {len(section)}")
+            position: Any = int(key)
+        elif isinstance(section, dict):
+            position = key
+        else:
+            raise ValueError(f"{path}: {'.'.join(keys[:index])} is a value, not a section")
+        if last:
+            section[position] = value
+        elif isinstance(section, dict):
+            # copied, so that an override never reaches a second section through a YAML anchor
+            inner = section.get(position)
+            section[position] = (
+                dict(inner) if isinstance(inner, dict) else list(inner) if isinstance(inner, list) else {}
+            )
+            section = section[position]
+        else:
+            section[position] = dict(section[position]) if isinstance(section[position], dict) else section[position]
+            section = section[position]

@@ -1,0 +1,170 @@
+"""The end of a search: from a trained controller and shared weights to one genotype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftnas.controllers import Controller
+from ftnas.data import ImageSet
+from ftnas.evaluate import Score, score
+from ftnas.faults.hardware import Hardware
+from ftnas.progress import say, track
+from ftnas.rng import isolated, seed_for
+from ftnas.rundir import Folder
+from ftnas.settings import Count, Settings
+from ftnas.space import Genotype, Supernet, build_network
+from ftnas.train import SgdConfig, TrainConfig, fit
+
+WINNER = "genotype.json"
+RANKING = "ranking.json"
+
+
+class DeriveConfig(Settings):
+    """How the final genotype is chosen.
+
+    Attributes:
+        samples: Distinct genotypes asked from the controller.
+        draws: Fault draws per image for each of them.
+        finalists: How many of the best are scored again.
+        final_draws: Fault draws per image for each finalist.
+        train_epochs: Epochs of fault-tolerant training from scratch that each finalist gets on the weights split
+            before it is scored again; 0 scores finalists with the shared weights.
+    """
+
+    samples: Count = 50
+    draws: Count = 1
+    finalists: Count = 5
+    final_draws: Count = 5
+    train_epochs: int = 0
+
+
+def derive(
+    controller: Controller,
+    supernet: Supernet,
+    *,
+    config: DeriveConfig,
+    weights: SgdConfig,
+    hardware: Hardware,
+    weights_images: ImageSet,
+    controller_images: ImageSet,
+    alpha_r: float,
+    batch_size: int,
+    seed: int,
+    folder: Folder,
+    title: str,
+) -> Genotype:
+    """Choose a genotype, and write it as ``genotype.json`` and the ranked candidates as ``ranking.json``.
+
+    All candidates meet the same images (the whole controller split) and the same fault draws.
+
+    Args:
+        controller: Is asked for the candidates.
+        supernet: Trained shared weights.
+        config: How many candidates, and how they are scored.
+        weights: Training settings of the finalists, when they are trained.
+        hardware: Faults and number formats.
+        weights_images: What finalists are trained on.
+        controller_images: What everything is scored on.
+        alpha_r: Weight of the faulty accuracy.
+        batch_size: Images per forward.
+        seed: Of fault draws and of the finalists' trainings.
+        folder: Where the files go.
+        title: Name on the progress bar.
+    """
+    candidates = _distinct(controller, config.samples)
+    rank = _Scorer(hardware, controller_images, alpha_r, batch_size, seed)
+    with track(f"{title}: derive", len(candidates)) as progress:
+        ranked = []
+        supernet.eval()
+        for genotype in candidates:
+            ranked.append((genotype, rank.shared(supernet, genotype, config.draws, "derive")))
+            progress.advance()
+    ranked.sort(key=lambda pair: -pair[1].reward)
+    finals = []
+    for place, (genotype, first) in enumerate(ranked[: config.finalists]):
+        if config.train_epochs:
+            recipe = TrainConfig(**(weights.model_dump() | {"epochs": config.train_epochs}))
+            stage = folder.stage(f"finalists/{place}")
+            model = _trained(genotype, supernet, recipe, hardware, weights_images, seed, stage, f"{title}: {place + 1}")
+            final = rank.trained(model, config.final_draws)
+        else:
+            final = rank.shared(supernet, genotype, config.final_draws, "final")
+        finals.append((genotype, first, final))
+    finals.sort(key=lambda entry: -entry[2].reward)
+    winner = finals[0][0]
+    _tell_degenerate(winner, folder)
+    rest = [(genotype, first, None) for genotype, first in ranked[config.finalists :]]
+    folder.write_json(RANKING, [_entry(*entry) for entry in [*finals, *rest]])
+    winner.save(folder.file(WINNER))
+    return winner
+
+
+def _distinct(controller: Controller, num: int) -> list[Genotype]:
+    """Ask for genotypes that differ as architectures; fewer than ``num`` when the controller repeats itself."""
+    found: dict[str, Genotype] = {}
+    for _ in range(20):
+        for genotype in controller.ask(num):
+            if len(found) < num:
+                found.setdefault(genotype.canonical_key(), genotype)
+        if len(found) == num:
+            break
+    return list(found.values())
+
+
+class _Scorer:
+    """Scores candidates on all images of the controller split, on common draws."""
+
+    def __init__(self, hardware: Hardware, images: ImageSet, alpha_r: float, batch_size: int, seed: int) -> None:
+        self._hardware, self._images, self._alpha_r = hardware, images, alpha_r
+        self._batch_size, self._seed = batch_size, seed
+
+    def shared(self, supernet: Supernet, genotype: Genotype, draws: int, purpose: str) -> Score:
+        """Score a path of the supernet."""
+        with self._hardware.inject(supernet, seed=seed_for(self._seed, purpose), errors="soft") as injection:
+            return score(
+                lambda images: supernet(images, genotype),
+                injection,
+                self._images.batches(self._batch_size),
+                alpha_r=self._alpha_r,
+                draws=draws,
+            )
+
+    def trained(self, model: Any, draws: int) -> Score:
+        """Score a discrete network with its running statistics."""
+        model.eval()
+        with self._hardware.inject(model, seed=seed_for(self._seed, "final"), errors="soft") as injection:
+            batches = self._images.batches(self._batch_size)
+            return score(model, injection, batches, alpha_r=self._alpha_r, draws=draws)
+
+
+def _trained(
+    genotype: Genotype,
+    supernet: Supernet,
+    recipe: TrainConfig,
+    hardware: Hardware,
+    images: ImageSet,
+    seed: int,
+    folder: Folder,
+    title: str,
+) -> Any:
+    with isolated(seed, "finalist"):
+        model = build_network(
+            genotype, supernet.space, num_classes=len(images.classes), in_channels=images.shape[0]
+        ).to(images.device)
+    fit(model, images, config=recipe, hardware=hardware, seed=seed, folder=folder, title=title)
+    return model
+
+
+def _tell_degenerate(winner: Genotype, folder: Folder) -> None:
+    cells = winner.only_skips_and_nones()
+    if cells:
+        say(f"warning: the {' and the '.join(cells)} cell of the winner holds only skips and nones")
+        folder.events("degenerate_winner", cells=list(cells))
+
+
+def _entry(genotype: Genotype, first: Score, final: Score | None) -> dict[str, Any]:
+    return {
+        "genotype": genotype.to_dict(),
+        "sampled": {"clean": first.clean, "faulty": first.faulty, "reward": first.reward},
+        "final": None if final is None else {"clean": final.clean, "faulty": final.faulty, "reward": final.reward},
+    }

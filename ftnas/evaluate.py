@@ -1,0 +1,80 @@
+"""Accuracy on faulty hardware, and the reward of the search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ftnas.faults import Injection
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracies of one candidate on common images and common fault draws, each in [0, 1]."""
+
+    clean: float
+    faulty: float
+    reward: float
+
+
+@torch.no_grad()
+def correct_predictions(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Tell for each image whether the top-1 class is right.
+
+    A non-finite output counts as wrong: its comparison with any number is false.
+
+    Args:
+        model: A module in evaluation mode, from images [B, C, H, W] to logits [B, classes].
+        batches: Images and labels int64 [B], on the model's device.
+
+    Returns:
+        bool [N], on the CPU.
+    """
+    parts = []
+    for images, labels in batches:
+        logits = model(images)
+        finite = torch.isfinite(logits).all(dim=1)
+        parts.append((logits.argmax(dim=1) == labels) & finite)
+    return torch.cat(parts).cpu()
+
+
+@torch.no_grad()
+def score(
+    forward: Forward,
+    injection: Injection,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    alpha_r: float,
+    draws: int = 1,
+    first_draw: int = 0,
+) -> Score:
+    """Score a candidate: R = (1 - alpha_r) acc_clean + alpha_r acc_faulty (FTT-NAS eq. 12).
+
+    Args:
+        forward: The candidate, from images [B, C, H, W] to logits, inside ``injection``.
+        injection: The hardware; its draws are common to all candidates that are given the same ``first_draw``.
+        batches: Images and labels, on the candidate's device.
+        alpha_r: Weight of the faulty accuracy, in [0, 1].
+        draws: Fault draws per batch, averaged.
+        first_draw: Number of the first draw.
+    """
+    injection.draw = first_draw
+    clean, faulty, images_seen = [], [], 0
+    for images, labels in batches:
+        images_seen += len(labels)
+        with injection.paused():
+            clean.append(_num_correct(forward(images), labels))
+        faulty += [_num_correct(forward(images), labels) for _ in range(draws if alpha_r > 0 else 0)]
+    accuracy_clean = float(torch.stack(clean).sum()) / images_seen
+    accuracy_faulty = float(torch.stack(faulty).sum()) / (images_seen * draws) if faulty else 0.0
+    reward = (1.0 - alpha_r) * accuracy_clean + alpha_r * accuracy_faulty
+    return Score(clean=accuracy_clean, faulty=accuracy_faulty, reward=reward)
+
+
+def _num_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(dim=1) == labels).sum()

@@ -1,0 +1,236 @@
+"""The stages of a run, each reading what the one before left in the run folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ftnas.campaign import Subject, run_campaign
+from ftnas.config import SEARCHES, GivenModel, RunConfig
+from ftnas.data import ImageSet, load, stratified_split
+from ftnas.derive import WINNER
+from ftnas.models import ModelConfig, build_spec, count, describe, load_model, save_model
+from ftnas.registry import import_name
+from ftnas.rng import seed_for
+from ftnas.rundir import Folder, RunDir
+from ftnas.search import Search, SearchConfig
+from ftnas.space import Genotype
+from ftnas.storage import load_checkpoint
+from ftnas.train import clean_accuracy, fit, fit_by_rate_protocol
+
+MODEL = "model.pt"
+
+
+class Pipeline:
+    """One run: its config, its folder, its images.
+
+    Args:
+        config: The resolved config.
+        run: The open run folder.
+
+    Raises:
+        ValueError: The device is not there, or the dataset is missing or unreadable.
+    """
+
+    def __init__(self, config: RunConfig, run: RunDir) -> None:
+        self.config = config
+        self.run = run
+        self.device = pick_device(config.device)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self._train_images: ImageSet | None = None
+        run.events("started", device=str(self.device), threads=torch.get_num_threads(), torch=torch.__version__)
+
+    @property
+    def train_images(self) -> ImageSet:
+        """The training images, on the device; loaded on first use."""
+        if self._train_images is None:
+            self._train_images = load(self.config.data, "train").to(self.device)
+            self.run.describe(dataset_digest=self._train_images.digest)
+        return self._train_images
+
+    def search(self, which: str = "search") -> Genotype:
+        """Run one of the config's searches, or go on with it; a finished one is read."""
+        config: SearchConfig | None = getattr(self.config, which)
+        if config is None:
+            raise ValueError(f"the config {self.config.name!r} has no {which} section")
+        folder = self.run.stage(which)
+        if folder.file(WINNER).exists():
+            return Genotype.load(folder.file(WINNER))
+        images = self.train_images
+        first, second = stratified_split(images.labels, config.split, seed=seed_for(self.config.seed, "split"))
+        search = Search(
+            config,
+            hardware=self.config.hardware,
+            weights_images=images.subset(first),
+            controller_images=images.subset(second),
+            seed=seed_for(self.config.seed, which),
+            folder=folder,
+            title=which,
+        )
+        return search.run()
+
+    def train(self) -> None:
+        """Train every model of the train section for every seed; finished ones are kept."""
+        stage = self.config.train
+        if stage is None:
+            raise ValueError(f"the config {self.config.name!r} has no train section")
+        for index, (name, model) in enumerate(stage.models.items()):
+            for train_seed in stage.seeds:
+                folder = self._model_folder(name, train_seed)
+                if not folder.file(MODEL).exists():
+                    self._train_one(name, model, train_seed, folder)
+            if index == 0:
+                first = self._model_folder(name, stage.seeds[0]).file(MODEL)
+                _copy(first, self.run.stage("train").file(MODEL))
+
+    def campaign(self) -> None:
+        """Measure every trained model on the test set; this is the only stage that reads it."""
+        config = self.config.campaign
+        if config is None:
+            raise ValueError(f"the config {self.config.name!r} has no campaign section")
+        subjects = list(self._subjects())
+        images = load(self.config.data, "test").to(self.device)
+        run_campaign(
+            subjects,
+            images,
+            config=config,
+            hardware=self.config.hardware,
+            seed=seed_for(self.config.seed, "campaign"),
+            folder=self.run,
+        )
+
+    def stages(self) -> list[tuple[str, Callable[[], object]]]:
+        """Return the stages that the config asks for, in order."""
+        stages: list[tuple[str, Callable[[], object]]] = [
+            (which, lambda which=which: self.search(which)) for which in SEARCHES if getattr(self.config, which)
+        ]
+        if self.config.train is not None:
+            stages.append(("train", self.train))
+        if self.config.campaign is not None:
+            stages.append(("campaign", self.campaign))
+        return stages
+
+    def _model_folder(self, name: str, train_seed: int) -> Folder:
+        return self.run.stage("train").stage(f"{name}/seed-{train_seed}")
+
+    def _resolved(self, name: str, model: ModelConfig) -> ModelConfig:
+        """Replace ``genotype: search`` by the file that the search wrote."""
+        if model.genotype not in SEARCHES:
+            return model
+        path = self.run.stage(model.genotype).file(WINNER)
+        if not path.exists():
+            raise ValueError(f"train.models.{name} needs {path}; run `ftnas search --resume {self.run.path}` first")
+        return model.model_copy(update={"genotype": str(path)})
+
+    def _train_one(self, name: str, model: ModelConfig, train_seed: int, folder: Folder) -> None:
+        assert self.config.train is not None
+        recipe, hardware, images = self.config.train.recipe, self.config.hardware, self.train_images
+        seed = seed_for(self.config.seed, "train", train_seed)
+        spec = describe(
+            self._resolved(name, model),
+            num_classes=len(images.classes),
+            in_channels=images.shape[0],
+            image_size=min(images.shape[1:]),
+        )
+        if recipe.alpha_l == 0.0:
+            hardware = hardware.with_fault(None)
+
+        def build() -> nn.Module:
+            return build_spec(spec, seed=seed, allow_factory=True).to(self.device)
+
+        title = f"train {name}" if len(self.config.train.seeds) == 1 else f"train {name}, seed {train_seed}"
+        if recipe.rate_protocol is None:
+            network = build()
+            fit(network, images, config=recipe, hardware=hardware, seed=seed, folder=folder, title=title)
+        else:
+            held, rest = stratified_split(images.labels, recipe.holdout, seed=seed_for(self.config.seed, "holdout"))
+            network, hardware = fit_by_rate_protocol(
+                build,
+                images,
+                config=recipe,
+                hardware=hardware,
+                split=(rest, held),
+                seed=seed,
+                folder=folder,
+                title=title,
+            )
+        metadata = {
+            "name": name,
+            "train_seed": train_seed,
+            "training": hardware.label(),
+            "classes": list(images.classes),
+            "shape": list(images.shape),
+            "mean": [float(value) for value in images.mean],
+            "std": [float(value) for value in images.std],
+            "dataset_digest": images.digest,
+            "train_accuracy": clean_accuracy(network, images, hardware=hardware, batch_size=recipe.batch_size),
+        }
+        save_model(folder.file(MODEL), network, spec, metadata)
+
+    def _subjects(self) -> Iterable[Subject]:
+        images = self.train_images
+        stage = self.config.train
+        for name in stage.models if stage is not None else ():
+            for train_seed in stage.seeds if stage is not None else ():
+                path = self._model_folder(name, train_seed).file(MODEL)
+                if not path.exists():
+                    raise ValueError(f"{path} is missing; run `ftnas train --resume {self.run.path}` first")
+                yield self._subject(name, path, allow_factory=True, train_seed=train_seed)
+        for name, given in self.config.models.items():
+            if given.file is not None:
+                yield self._subject(name, Path(given.file), allow_factory=False)
+                continue
+            network = _from_factory(given, num_classes=len(images.classes), in_channels=images.shape[0])
+            size = count(network, images.shape)
+            yield Subject(name, 0, "given", size, lambda network=network: network.to(self.device).eval())
+
+    def _subject(self, name: str, path: Path, *, allow_factory: bool, train_seed: int | None = None) -> Subject:
+        network, metadata = load_model(path, allow_factory=allow_factory)
+        images = self.train_images
+        if list(metadata.get("classes", images.classes)) != list(images.classes):
+            raise ValueError(f"{path}: trained for other classes than {self.config.data.name} has")
+        return Subject(
+            name=name,
+            train_seed=metadata.get("train_seed", 0) if train_seed is None else train_seed,
+            training=metadata.get("training", "given"),
+            complexity=count(network, images.shape),
+            load=lambda: load_model(path, allow_factory=allow_factory)[0].to(self.device).eval(),
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the torch device of a config's ``device``; ValueError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={name}: torch sees no CUDA device here; use device=cpu or auto")
+    return torch.device(name)
+
+
+def _from_factory(given: GivenModel, *, num_classes: int, in_channels: int) -> nn.Module:
+    """Build the user's own network and load its weights; nothing but tensors is read from the checkpoint."""
+    assert given.factory is not None and given.checkpoint is not None
+    network = import_name(given.factory, "factory")(num_classes=num_classes, in_channels=in_channels)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"factory {given.factory!r}: must return a torch.nn.Module, got {type(network).__name__}")
+    state = load_checkpoint(given.checkpoint)
+    for key in ("state_dict", "model"):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        problem = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{given.checkpoint}: does not fit {given.factory!r}: {problem}") from None
+    return network
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file in one step."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.copyfile(source, partial)
+    partial.replace(target)

@@ -1,0 +1,291 @@
+"""Algorithm 1 of FTT-NAS: shared weights and controller trained in turn, then one genotype derived."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from ftnas.controllers import Controller, ControllerChoice, RandomConfig, ReinforceConfig, create_controller
+from ftnas.data import ImageSet
+from ftnas.derive import DeriveConfig, derive
+from ftnas.evaluate import score
+from ftnas.faults.hardware import Hardware
+from ftnas.progress import say, track
+from ftnas.rng import generator, isolated, seed_for
+from ftnas.rundir import Folder
+from ftnas.settings import Count, Rate, Settings
+from ftnas.space import Genotype, Space, Supernet, load_space
+from ftnas.train import CHECKPOINT, FaultTolerantLoss, SgdConfig, check_alpha, descend, finite_means
+
+TRIALS = "trials.jsonl"
+UPDATES = "updates.jsonl"
+EPOCHS = "epochs.jsonl"
+COLLAPSED = 0.05
+"""Relative entropy of the controller under which it has all but stopped exploring."""
+
+
+class SearchConfig(Settings):
+    """One search.
+
+    Attributes:
+        space: Name of a shipped space, or the path of a space file.
+        epochs: Epochs of Algorithm 1, warm-up included.
+        weights: The shared-weight steps; ``alpha_l=0`` is FT-NAS, above 0 FTT-NAS.
+        controller: What proposes architectures.
+        warmup_epochs: First epochs, in which genotypes are uniform and the controller does not learn.
+        controller_steps: Controller updates per epoch; None takes one pass over the controller split.
+        controller_batch: Images per reward; None takes ``weights.batch_size``.
+        rollouts: Genotypes per controller update, all scored on the same images and fault draws.
+        reward_draws: Fault draws that a reward averages.
+        alpha_r: Weight of the faulty accuracy in the reward, eq. 12.
+        split: Share of the training images for the weights; the rest is for the controller.
+        dropout: Rate before the classifier in the shared-weight steps.
+        derive: How the final genotype is chosen.
+    """
+
+    space: str
+    epochs: Count
+    weights: SgdConfig
+    controller: ControllerChoice = ReinforceConfig()
+    warmup_epochs: int = 0
+    controller_steps: Count | None = None
+    controller_batch: Count | None = None
+    rollouts: Count = 1
+    reward_draws: Count = 1
+    alpha_r: Rate = 0.5
+    split: Rate = 0.8
+    dropout: Rate = 0.1
+    derive: DeriveConfig = DeriveConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SearchConfig:
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(f"warmup_epochs must be in 0..epochs-1 = {self.epochs - 1}, got {self.warmup_epochs}")
+        if not 0.0 < self.split < 1.0:
+            raise ValueError(f"split must be above 0 and below 1, so that both parts have images, got {self.split:g}")
+        return self
+
+
+class Search:
+    """One search over one space on one data split; `run` carries it out or goes on with it.
+
+    Args:
+        config: The search's settings.
+        hardware: Faults and number formats of weight steps and rewards.
+        weights_images: Split that trains the shared weights, on the device.
+        controller_images: Split that gives rewards, on the device.
+        seed: Of everything random in the search.
+        folder: Where its files go.
+        title: Name on the progress bar.
+
+    Raises:
+        ValueError: Faults are weighed that are not there, or a split is smaller than a batch.
+    """
+
+    def __init__(
+        self,
+        config: SearchConfig,
+        *,
+        hardware: Hardware,
+        weights_images: ImageSet,
+        controller_images: ImageSet,
+        seed: int,
+        folder: Folder,
+        title: str = "search",
+    ) -> None:
+        check_alpha(config.weights.alpha_l, hardware, "search.weights.alpha_l")
+        check_alpha(config.alpha_r, hardware, "search.alpha_r")
+        self.config = config
+        self.hardware = hardware
+        self.space: Space = load_space(config.space)
+        self._weights_images = weights_images
+        self._controller_images = controller_images
+        self._seed = seed
+        self._folder = folder
+        self._title = title
+        self._num_steps = weights_images.num_images // config.weights.batch_size
+        if self._num_steps == 0:
+            raise ValueError(
+                f"search.weights.batch_size={config.weights.batch_size} is above the "
+                f"{weights_images.num_images} images of the weights split"
+            )
+        device = weights_images.device
+        with isolated(seed, "init"):
+            self.supernet = Supernet(
+                self.space,
+                num_classes=len(weights_images.classes),
+                in_channels=weights_images.shape[0],
+                dropout=config.dropout,
+            ).to(device)
+        self.controller: Controller = create_controller(config.controller, self.space, seed=seed)
+        self._uniform = create_controller(RandomConfig(), self.space, seed=seed_for(seed, "uniform"))
+        self._optimizer = config.weights.optimizer(self.supernet)
+        self._scheduler = config.weights.scheduler(self._optimizer, config.epochs)
+        self._loss = FaultTolerantLoss(self.supernet, alpha_l=config.weights.alpha_l)
+        self._batch = config.controller_batch or config.weights.batch_size
+        self._passes = -(-controller_images.num_images // self._batch)
+        self._num_updates = config.controller_steps or self._passes
+
+    def run(self) -> Genotype:
+        """Search, derive and return the winner; what is done already is not done again."""
+        first = self._restore()
+        board = self._folder.tensorboard(purge_step=first)
+        with track(self._title, self.config.epochs, done=first) as progress:
+            for epoch in range(first, self.config.epochs):
+                record = {"epoch": epoch, **self._weights_epoch(epoch)}
+                if epoch >= self.config.warmup_epochs:
+                    record |= self._controller_epoch(epoch)
+                self._scheduler.step()
+                self._folder.journal(EPOCHS).append(record)
+                for name, value in record.items():
+                    board.add_scalar(f"search/{name}", value, epoch)
+                self._save(epoch + 1)
+                progress.advance(f"loss {record['loss']:.3f}  reward {record.get('reward', float('nan')):.3f}")
+        return derive(
+            self.controller,
+            self.supernet,
+            config=self.config.derive,
+            weights=self.config.weights,
+            hardware=self.hardware,
+            weights_images=self._weights_images,
+            controller_images=self._controller_images,
+            alpha_r=self.config.alpha_r,
+            batch_size=self._batch,
+            seed=self._seed,
+            folder=self._folder,
+            title=self._title,
+        )
+
+    def _weights_epoch(self, epoch: int) -> dict[str, Any]:
+        """Train the shared weights for one pass over their split (lines 6-13)."""
+        config = self.config.weights
+        images = self._weights_images
+        source = self._uniform if epoch < self.config.warmup_epochs else self.controller
+        injection = self.hardware.inject(
+            self.supernet,
+            seed=seed_for(self._seed, "weights"),
+            errors="soft",
+            mask_gradients=config.mask_gradients,
+            draw_on="device",
+        )
+        self.supernet.train()
+        sums = torch.zeros(3, device=images.device)
+        batches = images.batches(
+            config.batch_size, seed=seed_for(self._seed, "weights"), epoch=epoch, augment=config.augment, drop_last=True
+        )
+        with injection:
+            for index, (x, y) in enumerate(batches):
+                step = epoch * self._num_steps + index
+                injection.draw = step
+                losses = self._loss(self._forward(source.ask(1)[0], step), injection, x, y)
+                descend(losses.total, self.supernet, self._optimizer, config.grad_clip)
+                sums += torch.stack([losses.total.detach(), losses.clean, losses.faulty])
+        total, clean, faulty = finite_means(sums, self._num_steps, where=f"search epoch {epoch}")
+        lr = float(self._optimizer.param_groups[0]["lr"])
+        return {"lr": lr, "loss": total, "clean_loss": clean, "faulty_loss": faulty, "hits": injection.record.hits}
+
+    def _forward(self, genotype: Genotype, step: int) -> Any:
+        """Return the genotype's path as a function of images; clean and faulty forward share the dropout mask."""
+
+        def forward(images: Tensor) -> Tensor:
+            stream = generator(self._seed, "dropout", step, device=images.device)
+            return self.supernet(images, genotype, dropout_generator=stream)  # type: ignore[no-any-return]
+
+        return forward
+
+    def _controller_epoch(self, epoch: int) -> dict[str, Any]:
+        """Ask, evaluate and tell (lines 14-21)."""
+        trials, updates = self._folder.journal(TRIALS), self._folder.journal(UPDATES)
+        self.supernet.eval()
+        sums: dict[str, float] = {}
+        with self.hardware.inject(self.supernet, seed=seed_for(self._seed, "rewards"), errors="soft") as injection:
+            for index, batch in enumerate(self._reward_batches(epoch)):
+                update = epoch * self._num_updates + index
+                genotypes = self.controller.ask(self.config.rollouts)
+                scores = {}
+                for genotype in genotypes:
+                    if genotype not in scores:  # the same weights, images and draws would give the same score
+                        scores[genotype] = score(
+                            lambda images, chosen=genotype: self.supernet(images, chosen),
+                            injection,
+                            [batch],
+                            alpha_r=self.config.alpha_r,
+                            draws=self.config.reward_draws,
+                            first_draw=update * self.config.reward_draws,
+                        )
+                told = self.controller.tell(genotypes, [scores[genotype].reward for genotype in genotypes])
+                for rollout, genotype in enumerate(genotypes):
+                    result = scores[genotype]
+                    trials.append(
+                        {
+                            "epoch": epoch,
+                            "update": update,
+                            "rollout": rollout,
+                            "clean": result.clean,
+                            "faulty": result.faulty,
+                            "reward": result.reward,
+                            "genotype": genotype.to_dict(),
+                        }
+                    )
+                updates.append({"epoch": epoch, "update": update, **told})
+                for name, value in told.items():
+                    sums[name] = sums.get(name, 0.0) + value
+        means = {name: value / self._num_updates for name, value in sums.items()}
+        self._watch_entropy(epoch, means)
+        summarise = getattr(self.controller, "policy_summary", None)  # only a controller with a policy has one
+        return means | (summarise() if summarise is not None else {})
+
+    def _reward_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of one controller epoch, from as many passes over the split as it needs."""
+        left, done = self._num_updates, 0
+        while left > 0:
+            passes = epoch * -(-self._num_updates // self._passes) + done
+            order = seed_for(self._seed, "controller")
+            augment = self.config.weights.augment
+            for batch in self._controller_images.batches(self._batch, seed=order, epoch=passes, augment=augment):
+                yield batch
+                left -= 1
+                if left == 0:
+                    return
+            done += 1
+
+    def _watch_entropy(self, epoch: int, means: dict[str, float]) -> None:
+        entropy = means.get("entropy")
+        if entropy is not None and entropy < COLLAPSED:
+            message = (
+                f"{self._title}: the controller's entropy fell to {entropy:.3f} of its maximum in epoch {epoch}: "
+                "it has stopped exploring; raise controller.entropy_coefficient or lower controller.lr"
+            )
+            say(f"warning: {message}")
+            self._folder.events("entropy_collapse", epoch=epoch, entropy=entropy)
+
+    def _save(self, epochs_done: int) -> None:
+        state = {
+            "epoch": epochs_done,
+            "supernet": self.supernet.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "controller": self.controller.state_dict(),
+            "uniform": self._uniform.state_dict(),
+            "offsets": {name: self._folder.journal(name).offset for name in (TRIALS, UPDATES, EPOCHS)},
+        }
+        self._folder.save(CHECKPOINT, state)
+
+    def _restore(self) -> int:
+        """Go back to the folder's checkpoint, if any, and return the number of epochs that it holds."""
+        state = self._folder.load(CHECKPOINT) if self._folder.file(CHECKPOINT).exists() else None
+        for name in (TRIALS, UPDATES, EPOCHS):
+            self._folder.journal(name).truncate(state["offsets"][name] if state else 0)
+        if state is None:
+            return 0
+        self.supernet.load_state_dict(state["supernet"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        self.controller.load_state_dict(state["controller"])
+        self._uniform.load_state_dict(state["uniform"])
+        self._folder.events("resumed", epoch=state["epoch"])
+        return int(state["epoch"])

@@ -1,0 +1,238 @@
+"""A model's description -> module; model files; parameters and FLOPs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ftnas import baselines, rng
+from ftnas.registry import import_name
+from ftnas.settings import Count, Positive, Settings, did_you_mean, parse
+from ftnas.space.genotype import Genotype
+from ftnas.space.network import build_network
+from ftnas.space.space import Space, load_space
+from ftnas.storage import load_checkpoint, save_checkpoint
+
+SCHEMA = 1
+_KINDS = ("genotype", "baseline", "factory")
+_OWN = {"space": "genotype", "channels": "genotype", "cells": "genotype", "width": "baseline"}
+
+
+class ModelConfig(Settings):
+    """Which model: exactly one of ``genotype``, ``baseline`` and ``factory``.
+
+    Attributes:
+        genotype: Path of a genotype file, or the name of a shipped one such as ``w-ftt-net``.
+        space: Its space, by name or path; the one that the genotype names when left out.
+        channels: Channels of the first cell; the space's when left out.
+        cells: Number of cells; the space's when left out.
+        baseline: One of ``ftnas.baselines.names()``.
+        width: Factor on the baseline's channels, 1 when left out.
+        factory: ``package.module:Name`` of the user's own, called with ``num_classes=`` and ``in_channels=``.
+    """
+
+    genotype: str | None = None
+    space: str | None = None
+    channels: int | None = Field(default=None, ge=2)
+    cells: Count | None = None
+    baseline: str | None = None
+    width: Positive | None = None
+    factory: str | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> ModelConfig:
+        given = [kind for kind in _KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of {', '.join(_KINDS)}, got {' and '.join(given) or 'none'}")
+        for key, kind in _OWN.items():
+            if getattr(self, key) is not None and kind != given[0]:
+                raise ValueError(f"{key} belongs to a {kind} and has no effect on a {given[0]}; remove it")
+        if self.baseline is not None and self.baseline not in baselines.names():
+            raise ValueError(f"unknown baseline {self.baseline!r}; {did_you_mean(self.baseline, baselines.names())}")
+        if self.factory is not None and ":" not in self.factory:
+            raise ValueError(f"factory is written package.module:Name, got {self.factory!r}")
+        return self
+
+
+class Complexity(NamedTuple):
+    """Size and cost of a model.
+
+    Attributes:
+        params: Number of parameters.
+        flops: Of one image: 2 x multiply-accumulates of convolutions and matrix products.
+    """
+
+    params: int
+    flops: int
+
+
+def describe(config: ModelConfig, *, num_classes: int, in_channels: int, image_size: int) -> dict[str, Any]:
+    """Resolve a config to a spec: plain data that builds the model without any other file.
+
+    Args:
+        config: The model.
+        num_classes: Number of classes.
+        in_channels: Of the images.
+        image_size: Shorter side of the images, in pixels.
+
+    Raises:
+        ValueError: A file is missing or wrong, or a genotype names no space and the config neither.
+    """
+    spec: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
+    if config.genotype is not None:
+        genotype = Genotype.load(config.genotype)
+        space_name = config.space or genotype.space
+        if space_name is None:
+            raise ValueError(f"genotype {config.genotype!r} names no space; give one as space")
+        space = load_space(space_name).resized(channels=config.channels, cells=config.cells)
+        genotype.validate(space)
+        return {"kind": "genotype", **spec, "genotype": genotype.to_dict(), "space": space.model_dump(mode="json")}
+    if config.baseline is not None:
+        width = 1.0 if config.width is None else config.width
+        return {"kind": "baseline", **spec, "baseline": config.baseline, "width": width, "image_size": image_size}
+    return {"kind": "factory", **spec, "factory": config.factory}
+
+
+def build_spec(spec: Mapping[str, Any], *, seed: int, allow_factory: bool = False) -> nn.Module:
+    """Build the model of a spec, its weights drawn from the stream (seed, "init").
+
+    Args:
+        spec: As ``describe`` returns it.
+        seed: Of the first weights; the global random state stays as it was.
+        allow_factory: Whether names of the user's own modules may be imported. Only for specs that come from the
+            user's config, never for what was read from a file.
+
+    Raises:
+        ValueError: One line: what is wrong with the spec, or a name to import that is not allowed.
+    """
+    kind = spec.get("kind")
+    if kind not in _KINDS:
+        raise ValueError(f"model: kind is one of {', '.join(_KINDS)}, got {kind!r}")
+    try:
+        sizes = {"num_classes": spec["num_classes"], "in_channels": spec["in_channels"]}
+        with rng.isolated(seed, "init"):
+            if kind == "genotype":
+                space = parse(Space, spec["space"], where="model: space")
+                _refuse_imports(space.imported_primitives, allow_factory)
+                genotype = Genotype.from_dict(spec["genotype"], where="model: genotype")
+                return build_network(genotype, space, **sizes)
+            if kind == "baseline":
+                return baselines.create(spec["baseline"], **sizes, width=spec["width"], image_size=spec["image_size"])
+            _refuse_imports([spec["factory"]], allow_factory)
+            return _from_factory(spec["factory"], sizes)
+    except KeyError as error:
+        raise ValueError(f"model: a spec of kind {kind!r} needs {error}") from None
+
+
+def build(config: ModelConfig, *, num_classes: int, in_channels: int, image_size: int, seed: int) -> nn.Module:
+    """Build the model of a config, its weights drawn from the stream (seed, "init").
+
+    Raises:
+        ValueError: As ``describe`` and ``build_spec``.
+    """
+    spec = describe(config, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+    return build_spec(spec, seed=seed, allow_factory=True)
+
+
+def count(model: nn.Module, input_shape: Sequence[int]) -> Complexity:
+    """Count parameters and FLOPs, by running one zero image through the model in evaluation mode.
+
+    BatchNorm statistics, gradients, training flags and random state stay as they are.
+
+    Args:
+        model: Takes images alone.
+        input_shape: (C, H, W) of an image.
+    """
+    first = next(model.parameters(), torch.empty(0))
+    image = torch.zeros(1, *input_shape, dtype=first.dtype, device=first.device)
+    training = [module for module in model.modules() if module.training]
+    counter = FlopCounterMode(display=False)
+    try:
+        model.eval()
+        with torch.no_grad(), counter:
+            model(image)
+    finally:
+        for module in training:
+            module.training = True
+    return Complexity(sum(p.numel() for p in model.parameters()), counter.get_total_flops())
+
+
+def save_model(path: str | Path, model: nn.Module, spec: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Write a self-contained model file, in one step.
+
+    Args:
+        path: The file.
+        model: Built from the spec; its parameters and buffers are written.
+        spec: As ``describe`` returns it.
+        metadata: Anything that JSON can hold, e.g. dataset, normalisation, accuracy.
+
+    Raises:
+        ValueError: The spec or the metadata is not JSON.
+    """
+    plain = {"spec": _plain(spec, "spec"), "metadata": _plain(metadata, "metadata")}
+    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    save_checkpoint(Path(path), {"schema": SCHEMA, **plain, "state": state})
+
+
+def load_model(path: str | Path, *, allow_factory: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """Read a model file.
+
+    Args:
+        path: The file.
+        allow_factory: Whether it may import what it names as the user's own module. Allow it only for files that
+            you made yourself.
+
+    Returns:
+        The model, on the CPU and in evaluation mode, and the metadata.
+
+    Raises:
+        ValueError: One line: the file is missing, truncated, of another kind or schema; its state does not fit its
+            architecture (the first key is told); or it names something to import.
+    """
+    data = load_checkpoint(path)
+    if not isinstance(data, dict) or not {"schema", "spec", "state", "metadata"} <= data.keys():
+        raise ValueError(f"{path}: not a model file; those of `ftnas train` are called model.pt")
+    if data["schema"] != SCHEMA:
+        raise ValueError(f"{path}: this release reads model files of schema {SCHEMA}, got {data['schema']!r}")
+    try:
+        model = build_spec(data["spec"], seed=0, allow_factory=allow_factory)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    _check_state(model.state_dict(), data["state"], path)
+    model.load_state_dict(data["state"])
+    return model.eval(), data["metadata"]
+
+
+def _check_state(own: Mapping[str, Any], given: Mapping[str, Any], path: str | Path) -> None:
+    """Name the first key at which a state and an architecture differ."""
+    for key in [*own, *(key for key in given if key not in own)]:
+        want = list(own[key].shape) if key in own else "nothing"
+        have = list(given[key].shape) if key in given else "nothing"
+        if want != have:
+            raise ValueError(f"{path}: state of another architecture: {key!r} should be {want}, got {have}")
+
+
+def _refuse_imports(names: Sequence[str], allowed: bool) -> None:
+    if names and not allowed:
+        raise ValueError(f"it would import {names[0]!r}; if you trust the file, load it with allow_factory=True")
+
+
+def _from_factory(name: str, sizes: Mapping[str, int]) -> nn.Module:
+    model = import_name(name, "factory")(**sizes)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"factory {name!r}: must return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _plain(data: Mapping[str, Any], what: str) -> Any:
+    try:
+        return json.loads(json.dumps(data, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model file: {what} must be JSON: {error}") from None

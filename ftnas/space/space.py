@@ -105,9 +105,8 @@ class Space(Settings):
     @property
     def cell_types(self) -> tuple[CellType, ...]:
         """The types of cell that occur, ``normal`` before ``reduce``; a genotype has one cell of each."""
-        present = {plan.cell_type for plan in self.layout()}
-        types: tuple[CellType, ...] = ("normal", "reduce")
-        return tuple(cell_type for cell_type in types if cell_type in present)
+        normal: tuple[CellType, ...] = ("normal",) if len(self.reductions) < self.cells else ()
+        return (*normal, "reduce") if self.reductions else normal
 
     @property
     def imported_primitives(self) -> tuple[str, ...]:

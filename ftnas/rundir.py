@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 KIND = "ftnas run"
 SCHEMA = 1
+_LOCK_PATIENCE_S = 0.5  # what a killed run had just started may hold its files for a moment longer
 
 
 class Folder:
@@ -156,6 +157,7 @@ class RunDir(Folder):
                 )
             if old and not _is_run(target):
                 raise ValueError(f"{path} holds files and no run of ours, so --overwrite leaves it alone")
+            version = code_version()  # before the lock: a git process must not inherit it
             with contextlib.ExitStack() as undo:
                 # An empty folder is filled in place: it may be a mount point, in a parent that is not ours.
                 fresh = target if target.is_dir() and not old else _sibling(target, "new")
@@ -166,7 +168,7 @@ class RunDir(Folder):
                     undo.callback(shutil.rmtree, fresh, ignore_errors=True)
                 lock = _take_lock(fresh, path)
                 undo.callback(lock.release)
-                _describe(fresh, config)
+                _describe(fresh, config, version)
                 if old:
                     _swap(fresh, target, path)
                 elif fresh != target:
@@ -195,8 +197,9 @@ class RunDir(Folder):
                 f"{config} was changed since the run began; restore it, or start a new run with the change"
             )
         try:
+            version = code_version()  # before the lock: a git process must not inherit it
             run = cls(target, _take_lock(target, path))
-            run.events("opened", **code_version())
+            run.events("opened", **version)
         except OSError as error:
             _refuse(path, error)
         return run
@@ -248,14 +251,14 @@ def _commit(folder: Path) -> str | None:
         return None
 
 
-def _describe(folder: Path, config: Mapping[str, Any]) -> None:
+def _describe(folder: Path, config: Mapping[str, Any], version: Mapping[str, Any]) -> None:
     """Write ``config.yaml``, then ``run.json``: a folder with a run.json is whole."""
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode()
     atomic_write(folder / "config.yaml", text)
     info = {
         "kind": KIND,
         "schema": SCHEMA,
-        **code_version(),
+        **version,
         "config_sha256": hashlib.sha256(text).hexdigest(),
         "command": shlex.join(sys.argv),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -289,13 +292,6 @@ def _swap(fresh: Path, target: Path, shown: Path) -> None:
         lock.release()
 
 
-def _take_lock(folder: Path, shown: Path) -> Lock:
-    try:
-        return Lock(folder / ".lock")
-    except BlockingIOError:
-        raise ValueError(f"run folder {shown} is in use by another process; wait for it or stop it") from None
-
-
 def _occupied(target: Path, shown: Path) -> bool:
     """Tell whether there is a folder with something in it; ValueError for a file."""
     if target.exists() and not target.is_dir():
@@ -305,6 +301,18 @@ def _occupied(target: Path, shown: Path) -> bool:
 
 def _sibling(target: Path, role: str) -> Path:
     return target.with_name(f".{target.name}.{role}-{secrets.token_hex(4)}")
+
+
+def _take_lock(folder: Path, shown: Path) -> Lock:
+    deadline = time.monotonic() + _LOCK_PATIENCE_S
+    while True:
+        try:
+            return Lock(folder / ".lock")
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+        raise ValueError(f"run folder {shown} is in use by another process; wait for it or stop it")
 
 
 def _refuse(path: Path, error: OSError) -> NoReturn:

@@ -1,0 +1,124 @@
+"""Where things go in a picture: nodes of a cell, labels beside lines. Geometry only, no drawing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Cell = Mapping[str, Sequence[Sequence[Any]]]
+Plan = Mapping[int, tuple[float, float]]
+
+OUTPUT = -1
+CHIP = 1.06
+"""Width of a label, which stands at the left of the node that its edge leads to."""
+CHIP_PITCH = 0.3
+COLUMN = 2.1
+_CHIP_START = 1.36  # from the node's middle to the left side of its labels
+_ROW = 0.55
+_TRIED = 3000
+
+
+class Edge(NamedTuple):
+    """An edge of a cell: ``place`` counts the edges of ``node``."""
+
+    node: int
+    place: int
+    source: int
+    op: str
+
+
+def edges(cell: Cell) -> list[Edge]:
+    """Return all edges of ``{"2": [["skip", 0], ...], ...}``."""
+    return [
+        Edge(int(node), place, int(source), str(op))
+        for node, inputs in cell.items()
+        for place, (op, source) in enumerate(inputs)
+    ]
+
+
+def half_width(node: int) -> float:
+    """Return half the width of a node's box."""
+    return 0.3 if node in (0, 1, OUTPUT) else 0.22
+
+
+def ends(plan: Plan, cell: Cell, edge: Edge) -> np.ndarray:
+    """Return the ends of an edge, float64 [2, (x, y)]: the right side of its source, the left side of its label."""
+    x, y = plan[edge.node]
+    start = plan[edge.source][0] + half_width(edge.source), plan[edge.source][1]
+    middle = (len(cell[str(edge.node)]) - 1) / 2
+    return np.array([start, (x - _CHIP_START, y + CHIP_PITCH * (middle - edge.place))])
+
+
+def plan_cell(cell: Cell) -> dict[int, tuple[float, float]]:
+    """Return (x, y) of every node: columns by depth, rows such that edges are short, rarely cross and hit no node.
+
+    With up to four inner nodes the best of all placements, with more the best of a fixed sample.
+    """
+    nodes = sorted(int(node) for node in cell)
+    depth = {0: 0, 1: 0}
+    for node in nodes:
+        depth[node] = 1 + max((depth[edge.source] for edge in edges(cell) if edge.node == node), default=0)
+    right = (max(depth.values()) + 0.55) * COLUMN
+    fixed = {0: (0.0, _ROW), 1: (0.0, -_ROW), OUTPUT: (right, 0.0)}
+    rows = [_ROW * row for row in range(-3, 4)]
+    tried: Iterable[tuple[float, ...]] = itertools.product(rows, repeat=len(nodes))
+    if len(nodes) > 4:
+        random = np.random.default_rng(0)
+        tall = [_ROW * row for row in range(-len(nodes), len(nodes) + 1)]
+        tried = [tuple(map(float, random.choice(tall, len(nodes)))) for _ in range(_TRIED)]
+    plans = (fixed | {node: (depth[node] * COLUMN, y) for node, y in zip(nodes, ys, strict=True)} for ys in tried)
+    return min(plans, key=lambda plan: round(_cost(cell, plan, nodes), 9))
+
+
+def _cost(cell: Cell, plan: Plan, nodes: list[int]) -> float:
+    """Weigh what makes a drawing hard to read: labels that meet, edges behind nodes, crossings, steep edges."""
+    cost = 0.1 * sum(abs(plan[node][1]) for node in nodes)
+    for a, b in itertools.combinations(nodes, 2):
+        if plan[a][0] == plan[b][0]:
+            room = CHIP_PITCH * (len(cell[str(a)]) + len(cell[str(b)])) / 2 + 0.15
+            cost += 100 * (abs(plan[a][1] - plan[b][1]) < room)
+    lines = [ends(plan, cell, edge).tolist() for edge in edges(cell)]
+    for (x0, y0), (x1, y1) in lines:
+        cost += 0.25 * abs(y1 - y0)
+        for node in nodes:
+            x, y = plan[node]
+            if x0 < x - _CHIP_START < x1 - 0.5:  # it passes this node's column
+                cost += 6 * (abs(y0 + (x - 0.5 - x0) / (x1 - x0) * (y1 - y0) - y) < 0.42)
+    for a, b in itertools.combinations(lines, 2):
+        cost += _cross(a, b)
+    return cost
+
+
+def _cross(a: list[list[float]], b: list[list[float]]) -> bool:
+    start, end = max(a[0][0], b[0][0]), min(a[1][0], b[1][0])
+    if start >= end:
+        return False
+
+    def height(line: list[list[float]], x: float) -> float:
+        (x0, y0), (x1, y1) = line
+        return y0 + (x - x0) / (x1 - x0) * (y1 - y0)
+
+    return (height(a, start) - height(b, start)) * (height(a, end) - height(b, end)) < -1e-9
+
+
+def spread(heights: Sequence[float], *, gap: float) -> list[float]:
+    """Move ascending heights as little as needed, so that neighbours are ``gap`` apart and all lie in [0, 1].
+
+    Where they cannot all fit, the order and the gaps hold and the ends stick out.
+    """
+    groups: list[tuple[float, int]] = []  # runs that touch: the mean place of the lowest member, and how many
+    for height in heights:
+        groups.append((height, 1))
+        while len(groups) > 1 and groups[-2][0] + gap * groups[-2][1] > groups[-1][0]:
+            (a, na), (b, nb) = groups[-2:]
+            groups[-2:] = [((a * na + (b - gap * na) * nb) / (na + nb), na + nb)]
+    placed = [low + gap * i for low, members in groups for i in range(members)]
+    count = len(placed)
+    for index in range(count):
+        placed[index] = max(placed[index], gap * index)
+    for index in range(count):
+        placed[index] = min(placed[index], max(1.0, gap * (count - 1)) - gap * (count - 1 - index))
+    return placed

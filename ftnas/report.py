@@ -1,0 +1,260 @@
+"""A run's report: tables, pictures and one self-contained HTML file, from the files of its run folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from rich.console import Console
+from rich.text import Text
+
+from ftnas import plots
+from ftnas.records import Comparison, Difference, read_comparison
+from ftnas.storage import atomic_write, read_journal
+from ftnas.tables import (
+    Cell,
+    Report,
+    big,
+    comparison_table,
+    differences_to_csv,
+    fault_name,
+    header,
+    legend,
+    to_csv,
+    to_markdown,
+)
+
+FOLDER = "report"
+_STAGES = {"search": "search", "control": "random control"}
+_INKS = {plots.INK: "ink", plots.MUTED: "muted", plots.GRID: "line", plots.FILL: "fill", plots.PAPER: "panel"}
+
+
+def build_report(path: str | Path) -> Report:
+    """Compute a report from a run folder's ``records.jsonl`` and whatever else of a run lies there.
+
+    Raises:
+        ValueError: One line: no such folder, no records, or a record or genotype that cannot be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such run folder")
+    comparison = read_comparison(path / "records.jsonl")
+    names = [model.name for model in comparison.models]
+    differences = [
+        found
+        for fault in comparison.faults
+        for rate in (0.0, *comparison.rates[fault], None)
+        for name in names[1:]
+        if (found := comparison.difference(fault, name, names[0], rate)) is not None
+    ]
+    genotypes, searches, notes = {}, {}, list(comparison.notes)
+    for stage in ("search", "control"):
+        if (path / stage / "genotype.json").exists():
+            genotypes[stage] = _read_json(path / stage / "genotype.json")
+        trials, torn = read_journal(path / stage / "trials.jsonl")
+        if trials:
+            searches[stage] = trials, read_journal(path / stage / "updates.jsonl")[0]
+        if torn:
+            notes.append(f"The last line of {stage}/trials.jsonl is torn and was left out.")
+    config = path / "config.yaml"
+    info = _read_json(path / "run.json") if (path / "run.json").exists() else {}
+    missing = {
+        "search/genotype.json: no discovered cells are shown": "search" in genotypes,
+        "search/trials.jsonl: no search history is shown": "search" in searches,
+        "config.yaml: the settings are unknown": config.exists(),
+        "run.json: command, code version and dataset digest are unknown": bool(info),
+    }
+    notes += [f"This run has no {what}." for what, there in missing.items() if not there]
+    return Report(
+        path=path,
+        comparison=comparison,
+        tables={fault: _table(comparison, fault, differences) for fault in comparison.faults},
+        differences=differences,
+        genotypes=genotypes,
+        searches=searches,
+        info=info,
+        config=config.read_text(encoding="utf-8") if config.exists() else "",
+        notes=notes,
+    )
+
+
+def _table(comparison: Comparison, fault: str, differences: list[Difference]) -> list[list[Cell]]:
+    rates = comparison.rates[fault]
+    clear = {(d.model, d.rate): d.verdict for d in differences if d.fault == fault}
+    columns: list[tuple[float | None, list[float]]] = [(0.0, [0.0]), *((r, [r]) for r in rates)]
+    columns += [(None, rates)] if rates else []
+    grid = []
+    for rate, averaged in columns:
+        found = [comparison.summary(fault, model.name, averaged) for model in comparison.models]
+        intervals = [None if summary is None else summary[0] for summary in found]
+        top = max((i.mean for i in intervals if i is not None), default=None)
+        grid.append(
+            [
+                Cell(
+                    interval=interval,
+                    best=interval is not None and top is not None and interval.mean >= top - 1e-12,
+                    mark=clear.get((model.name, rate), 0),
+                )
+                for model, interval in zip(comparison.models, intervals, strict=True)
+            ]
+        )
+    return [list(row) for row in zip(*grid, strict=True)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({type(error).__name__}); restore the file") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}; restore the file")
+    return data
+
+
+def make_report(path: str | Path, *, console: Console | None = None) -> Report:
+    """Build a run's report, write it to ``report/`` in the run folder, and print result, tables and where it is.
+
+    Args:
+        path: The run folder.
+        console: Where to print; None takes standard output.
+
+    Raises:
+        ValueError: As ``build_report``, or the folder cannot be written.
+    """
+    report = build_report(path)
+    try:
+        page = write_report(report)
+    except OSError as error:
+        raise ValueError(f"{Path(path) / FOLDER} cannot be written ({error.strerror})") from None
+    console = console or Console()
+    for fault in report.comparison.faults:
+        console.print(comparison_table(report, fault))
+        console.print(Text(report.headline(fault), style="bold"))
+    for note in report.notes:
+        console.print(Text(note, style="dim"))
+    console.print(Text(f"report: {page}"), soft_wrap=True)
+    return report
+
+
+def write_report(report: Report) -> Path:
+    """Write tables, pictures and ``report.html`` into ``report/``; return the path of the last."""
+    folder = report.path / FOLDER
+    pictures = _draw(report, folder)
+    for name, text in (
+        ("table.md", to_markdown(report)),
+        ("table.csv", to_csv(report)),
+        ("differences.csv", differences_to_csv(report)),
+        ("report.html", _page(report, pictures)),
+    ):
+        atomic_write(folder / name, text.encode())
+    return folder / "report.html"
+
+
+def _draw(report: Report, folder: Path) -> dict[str, Markup]:
+    """Save every picture as PNG and SVG; return each SVG ready for the page, by name."""
+    figures: dict[str, tuple[plots.Figure, str]] = {}
+    comparison, classes = report.comparison, report.info.get("num_classes")
+    for fault in comparison.faults:
+        curves = [curve for row in range(len(comparison.models)) if (curve := _curve(report, fault, row))]
+        if comparison.rates[fault] and curves:
+            figure = plots.accuracy_curves(
+                curves,
+                rate_label=comparison.faults[fault].replace("_", " "),
+                title=f"Accuracy under {fault_name(fault)} faults",
+                chance=1 / classes if isinstance(classes, int) and classes > 0 else None,
+            )
+            label = f"Accuracy over fault rate under {fault_name(fault)}; the numbers are in the table"
+            figures[f"curves:{fault}"] = figure, label
+    for stage, genotype in report.genotypes.items():
+        label = f"Cells that the {_STAGES[stage]} found"
+        figures[f"cells:{stage}"] = plots.draw_genotype(genotype), label
+    for stage, (trials, updates) in report.searches.items():
+        label = f"Rewards of the {_STAGES[stage]} over its steps"
+        figures[f"search:{stage}"] = plots.search_history(trials, updates=updates, title=_STAGES[stage]), label
+    drawn = {}
+    for index, (key, (figure, label)) in enumerate(figures.items()):
+        name, _, part = key.partition(":")
+        plain = len(comparison.faults) == 1 if name == "curves" else part == "search"
+        _, svg = plots.save(figure, folder / (name if plain else f"{name}-{_slug(part)}"))
+        drawn[key] = _inline(svg.read_text(encoding="utf-8"), prefix=f"p{index}-", label=label)
+    return drawn
+
+
+def _curve(report: Report, fault: str, row: int) -> plots.Curve | None:
+    rates = [0.0, *report.comparison.rates[fault]]
+    cells = zip(rates, report.tables[fault][row], strict=False)  # the table's last column is a mean over rates
+    found = [(rate, cell.interval) for rate, cell in cells if cell.interval is not None]
+    if not found:
+        return None
+    return plots.Curve(
+        name=report.comparison.models[row].name,
+        rates=[rate for rate, _ in found],
+        mean=[interval.mean for _, interval in found],
+        low=[interval.low for _, interval in found],
+        high=[interval.high for _, interval in found],
+    )
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9-]+", "-", text)
+
+
+def _inline(svg: str, *, prefix: str, label: str) -> Markup:
+    """Turn an SVG file into an element of a page: names that meet no other's, colours that follow the page's."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
+    for color, name in _INKS.items():
+        svg = svg.replace(color, f"var(--{name})")
+    size = re.search(r'viewBox="[\d.]+ [\d.]+ ([\d.]+)', svg)
+    width = float(size.group(1)) if size else 600.0
+    title = Markup.escape(label)
+    head = f'<svg role="img" aria-label="{title}" style="max-width:{1.5 * width:.0f}px;min-width:{0.95 * width:.0f}px"'
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"| (width|height)="[\d.]+pt"', "", svg, count=4)
+    return Markup(svg.replace("<svg", head, 1).replace("*{", "svg *{", 1))
+
+
+def _page(report: Report, pictures: dict[str, Markup]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ftnas", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    comparison = report.comparison
+    seeds = {model.name: ", ".join(map(str, model.seeds)) for model in comparison.models}
+    shown = {"big": big, "fault_name": fault_name, "header": header, "legend": legend}
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        comparison=comparison,
+        pictures=pictures,
+        seeds=seeds,
+        stages=_STAGES,
+        facts=_facts(report),
+        columns=lambda fault: [0.0, *comparison.rates[fault], *([None] if comparison.rates[fault] else [])],
+        **shown,
+    )
+
+
+def _facts(report: Report) -> dict[str, str]:
+    """Return what ``run.json`` tells, the important first."""
+    names = {
+        "command": "command",
+        "version": "ftnas",
+        "commit": "commit",
+        "dataset_digest": "dataset digest",
+        "config_sha256": "config SHA-256",
+        "created": "started",
+    }
+    info = {key: value for key, value in report.info.items() if key not in ("kind", "schema")}
+    order = [*(key for key in names if key in info), *(key for key in info if key not in names)]
+    return {
+        names.get(key, key.replace("_", " ")): info[key] if isinstance(info[key], str) else json.dumps(info[key])
+        for key in order
+        if info[key] is not None
+    }

@@ -1,0 +1,240 @@
+"""What a report says: the comparison as a table for the terminal, Markdown and CSV, and its result in words."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from ftnas.records import Comparison, Difference, is_known
+from ftnas.stats import Interval
+
+_FAULT_NAMES = {"mibb": "MiBB", "adsaf": "adSAF"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """An entry of the comparison table: percent, ``mark`` +1 or -1 where it clearly differs from the reference."""
+
+    interval: Interval | None
+    best: bool = False
+    mark: int = 0
+
+    @property
+    def number(self) -> str:
+        """The mean in percent, or a dash."""
+        return "–" if self.interval is None else f"{100 * self.interval.mean:.1f}"
+
+    @property
+    def mean(self) -> str:
+        """The mean in percent, with a mark for a clear difference."""
+        return self.number + {1: " ▲", -1: " ▼", 0: ""}[self.mark]
+
+    @property
+    def bounds(self) -> str:
+        """The interval in percent, or nothing where there is none."""
+        if self.interval is None or not is_known(self.interval.low):
+            return ""
+        return f"{100 * max(0.0, self.interval.low):.1f}–{100 * min(1.0, self.interval.high):.1f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything a report shows, computed; nothing is written yet.
+
+    Attributes:
+        path: The run folder.
+        comparison: The records.
+        tables: Fault -> rows of cells, one a model; columns are rate 0, the rates above, and their mean.
+        differences: Of every model to the first, at every rate and over the mean of the rates above 0.
+        genotypes: Stage -> genotype, of the searches the run holds.
+        searches: Stage -> (trials, updates).
+        info: ``run.json``, empty where missing.
+        config: Text of ``config.yaml``, empty where missing.
+        notes: What is missing or was left out.
+    """
+
+    path: Path
+    comparison: Comparison
+    tables: dict[str, list[list[Cell]]]
+    differences: list[Difference]
+    genotypes: dict[str, dict[str, Any]]
+    searches: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]
+    info: dict[str, Any]
+    config: str
+    notes: list[str]
+
+    @property
+    def reference(self) -> str:
+        """Name of the model that the others are compared with: the first one measured."""
+        return self.comparison.models[0].name
+
+    def headline(self, fault: str) -> str:
+        """Say in words who keeps the highest accuracy under a fault, and whether that is certain."""
+        rates, shown = self.comparison.rates[fault], fault_name(fault)
+        means = [
+            (row[-1].interval.mean, model.name)
+            for model, row in zip(self.comparison.models, self.tables[fault], strict=True)
+            if row[-1].interval is not None
+        ]
+        if not rates or not means:
+            return f"No model was measured at all {shown} rates: there is nothing to rank."
+        means.sort(key=lambda entry: -entry[0])
+        value, winner = means[0]
+        over = f"averaged over {len(rates)} rates" if len(rates) > 1 else f"at rate {rates[0]:g}"
+        if len(means) == 1:
+            return f"Under {shown} faults, {over}, {winner} keeps {100 * value:.1f}%. It was compared with nothing."
+        second, rival = means[1]
+        gap = self.comparison.difference(fault, winner, rival, None)
+        if gap is not None and gap.verdict > 0:
+            text = (
+                f"Under {shown} faults, {over}, {winner} is the most accurate: {100 * value:.1f}%, "
+                f"{points(gap)} above {rival}, the next best ({certainty(gap)})."
+            )
+        else:
+            reason = "no device in common" if gap is None else certainty(gap)
+            text = (
+                f"No clear winner under {shown} faults: {over}, {winner} ({100 * value:.1f}%) and {rival} "
+                f"({100 * second:.1f}%) differ by {100 * (value - second):.1f} points ({reason})."
+            )
+        behind = self.comparison.difference(fault, winner, self.reference, None)
+        if self.reference not in (winner, rival) and behind is not None:
+            text += f" {self.reference} is {points(behind)} below {winner} ({certainty(behind)})."
+        return text
+
+    def method(self) -> str:
+        """Say how the intervals were made, for the captions."""
+        seeds = max(len(model.seeds) for model in self.comparison.models)
+        data = f"{self.comparison.num_images} test images, {len(self.comparison.devices)} devices a rate"
+        if seeds == 1:
+            return (
+                f"95% intervals over devices (Student t; differences paired by device); {data}, one training seed: "
+                "they tell nothing about another training."
+            )
+        return (
+            f"95% intervals of the hierarchical bootstrap over training seeds, devices and images; {data}, {seeds} "
+            "training seeds. A difference counts as clear only where Welch's t over training seeds excludes zero too: "
+            "with few seeds the bootstrap is too narrow."
+        )
+
+
+def fault_name(fault: str) -> str:
+    """Return a fault model's usual spelling."""
+    return _FAULT_NAMES.get(fault, fault)
+
+
+def points(difference: Difference) -> str:
+    """Return the size of a difference in percentage points."""
+    return f"{abs(100 * difference.interval.mean):.1f} points"
+
+
+def certainty(difference: Difference) -> str:
+    """Return the interval of a difference in words, over training seeds where there are several."""
+    interval = difference.shown
+    if not is_known(interval.low):
+        return "too few devices or training seeds for an interval"
+    zero = "zero is excluded" if difference.verdict else "zero is not excluded"
+    return f"95% interval {100 * interval.low:+.1f} to {100 * interval.high:+.1f}: {zero}"
+
+
+def header(report: Report, fault: str) -> list[str]:
+    """Return the comparison table's column titles."""
+    rates = report.comparison.rates[fault]
+    return ["model", "params", "FLOPs", "clean", *(f"{rate:g}" for rate in rates), *(["mean"] if rates else [])]
+
+
+def big(number: int) -> str:
+    """Return a count as 2.71M, 919M or 12.3k."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def legend(report: Report) -> str:
+    """Return the line that explains the table's signs."""
+    return (
+        f"Accuracy in percent; bold: the best of a column; ▲ above, ▼ below {report.reference} with an interval of the "
+        "difference that excludes zero (95% each, not corrected for their number); mean: over the rates above 0."
+    )
+
+
+def comparison_table(report: Report, fault: str) -> Table:
+    """Return the comparison under one fault, for the terminal."""
+    title = f"Accuracy (%) under {fault_name(fault)} by {report.comparison.faults[fault].replace('_', ' ')}"
+    table = Table(title=Text(title), caption=Text(f"{legend(report)} {report.method()}"), caption_justify="left")
+    for index, name in enumerate(header(report, fault)):
+        table.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold")
+    for model, row in zip(report.comparison.models, report.tables[fault], strict=True):
+        cells = []
+        for cell in row:
+            text = Text(cell.mean, style="bold" if cell.best else "")
+            cells.append(text.append(f"\n{cell.bounds}", style="not bold dim") if cell.bounds else text)
+        table.add_row(Text(model.name), Text(big(model.params)), Text(big(model.flops)), *cells)
+    return table
+
+
+def to_markdown(report: Report) -> str:
+    """Return headline, comparison table and notes of every fault as Markdown."""
+    lines = []
+    for fault, rows in report.tables.items():
+        titles = header(report, fault)
+        lines += [f"## {_md(fault_name(fault))} by {_md(report.comparison.faults[fault])}", ""]
+        lines += [_md(report.headline(fault)), "", "| " + " | ".join(titles) + " |"]
+        lines += ["|" + "---|" + "---:|" * (len(titles) - 1)]
+        for model, row in zip(report.comparison.models, rows, strict=True):
+            cells = [_md(model.name), big(model.params), big(model.flops)]
+            for cell in row:
+                mean = f"**{cell.mean}**" if cell.best else cell.mean
+                cells.append(f"{mean} ({cell.bounds})" if cell.bounds else mean)
+            lines.append("| " + " | ".join(cells) + " |")
+        lines += ["", _md(legend(report)), "", _md(report.method()), ""]
+    return "\n".join([*lines, *(f"- {_md(note)}" for note in report.notes)]).rstrip() + "\n"
+
+
+def _md(text: str) -> str:
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text.replace("\n", " "))
+
+
+def to_csv(report: Report) -> str:
+    """Return every mean with its intervals as CSV, one line a fault, model and rate (empty: mean of the rates)."""
+    names = "fault,rate_name,rate,model,training,params,flops,train_seeds,mean,low,high,method,seed_low,seed_high"
+    rows: list[Sequence[Any]] = [names.split(",")]
+    for fault, rate_name in report.comparison.faults.items():
+        rates = report.comparison.rates[fault]
+        for rate, averaged in [(0.0, [0.0]), *((r, [r]) for r in rates), *([(None, rates)] if rates else [])]:
+            for model in report.comparison.models:
+                found = report.comparison.summary(fault, model.name, averaged)
+                if found is not None:
+                    size = (model.training, model.params, model.flops, len(model.seeds))
+                    rows.append([fault, rate_name, rate, model.name, *size, *_numbers(*found)])
+    return _csv(rows)
+
+
+def differences_to_csv(report: Report) -> str:
+    """Return every difference to the reference as CSV; ``clear`` is 1 or -1 where zero is excluded, else 0."""
+    names = "fault,rate,model,reference,mean,low,high,method,seed_low,seed_high,clear"
+    rows: list[Sequence[Any]] = [names.split(",")]
+    for d in report.differences:
+        rows.append([d.fault, d.rate, d.model, d.reference, *_numbers(d.interval, d.over_seeds), d.verdict])
+    return _csv(rows)
+
+
+def _numbers(interval: Interval, over_seeds: Interval | None) -> list[Any]:
+    values = [interval.mean, interval.low, interval.high]
+    seeds = [over_seeds.low, over_seeds.high] if over_seeds is not None else [None, None]
+    shown = [f"{v:.6f}" if v is not None and is_known(v) else "" for v in (*values, *seeds)]
+    return [*shown[:3], interval.method, *shown[3:]]
+
+
+def _csv(rows: Iterable[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()

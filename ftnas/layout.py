@@ -11,6 +11,9 @@ import numpy as np
 Cell = Mapping[str, Sequence[Sequence[Any]]]
 Plan = Mapping[int, tuple[float, float]]
 
+Point = tuple[float, float]
+Line = tuple[Point, Point]
+
 OUTPUT = -1
 CHIP = 1.06
 """Width of a label, which stands at the left of the node that its edge leads to."""
@@ -44,12 +47,12 @@ def half_width(node: int) -> float:
     return 0.3 if node in (0, 1, OUTPUT) else 0.22
 
 
-def ends(plan: Plan, cell: Cell, edge: Edge) -> np.ndarray:
-    """Return the ends of an edge, float64 [2, (x, y)]: the right side of its source, the left side of its label."""
+def ends(plan: Plan, cell: Cell, edge: Edge) -> Line:
+    """Return the ends ((x, y), (x, y)) of an edge: the right side of its source, the left side of its label."""
     x, y = plan[edge.node]
     start = plan[edge.source][0] + half_width(edge.source), plan[edge.source][1]
     middle = (len(cell[str(edge.node)]) - 1) / 2
-    return np.array([start, (x - _CHIP_START, y + CHIP_PITCH * (middle - edge.place))])
+    return start, (x - _CHIP_START, y + CHIP_PITCH * (middle - edge.place))
 
 
 def plan_cell(cell: Cell) -> dict[int, tuple[float, float]]:
@@ -57,10 +60,10 @@ def plan_cell(cell: Cell) -> dict[int, tuple[float, float]]:
 
     With up to four inner nodes the best of all placements, with more the best of a fixed sample.
     """
-    nodes = sorted(int(node) for node in cell)
+    nodes, links = sorted(int(node) for node in cell), edges(cell)
     depth = {0: 0, 1: 0}
     for node in nodes:
-        depth[node] = 1 + max((depth[edge.source] for edge in edges(cell) if edge.node == node), default=0)
+        depth[node] = 1 + max((depth[edge.source] for edge in links if edge.node == node), default=0)
     right = (max(depth.values()) + 0.55) * COLUMN
     fixed = {0: (0.0, _ROW), 1: (0.0, -_ROW), OUTPUT: (right, 0.0)}
     rows = [_ROW * row for row in range(-3, 4)]
@@ -70,38 +73,38 @@ def plan_cell(cell: Cell) -> dict[int, tuple[float, float]]:
         tall = [_ROW * row for row in range(-len(nodes), len(nodes) + 1)]
         tried = [tuple(map(float, random.choice(tall, len(nodes)))) for _ in range(_TRIED)]
     plans = (fixed | {node: (depth[node] * COLUMN, y) for node, y in zip(nodes, ys, strict=True)} for ys in tried)
-    return min(plans, key=lambda plan: round(_cost(cell, plan, nodes), 9))
+    return min(plans, key=lambda plan: round(_cost(cell, plan, nodes, links), 9))
 
 
-def _cost(cell: Cell, plan: Plan, nodes: list[int]) -> float:
+def _cost(cell: Cell, plan: Plan, nodes: list[int], links: list[Edge]) -> float:
     """Weigh what makes a drawing hard to read: labels that meet, edges behind nodes, crossings, steep edges."""
     cost = 0.1 * sum(abs(plan[node][1]) for node in nodes)
     for a, b in itertools.combinations(nodes, 2):
         if plan[a][0] == plan[b][0]:
             room = CHIP_PITCH * (len(cell[str(a)]) + len(cell[str(b)])) / 2 + 0.15
             cost += 100 * (abs(plan[a][1] - plan[b][1]) < room)
-    lines = [ends(plan, cell, edge).tolist() for edge in edges(cell)]
+    if cost >= 100:
+        return cost
+    lines = [ends(plan, cell, edge) for edge in links]
     for (x0, y0), (x1, y1) in lines:
         cost += 0.25 * abs(y1 - y0)
         for node in nodes:
             x, y = plan[node]
             if x0 < x - _CHIP_START < x1 - 0.5:  # it passes this node's column
                 cost += 6 * (abs(y0 + (x - 0.5 - x0) / (x1 - x0) * (y1 - y0) - y) < 0.42)
-    for a, b in itertools.combinations(lines, 2):
-        cost += _cross(a, b)
-    return cost
+    return cost + sum(_cross(one, other) for one, other in itertools.combinations(lines, 2))
 
 
-def _cross(a: list[list[float]], b: list[list[float]]) -> bool:
+def _cross(a: Line, b: Line) -> bool:
     start, end = max(a[0][0], b[0][0]), min(a[1][0], b[1][0])
     if start >= end:
         return False
+    return (_height(a, start) - _height(b, start)) * (_height(a, end) - _height(b, end)) < -1e-9
 
-    def height(line: list[list[float]], x: float) -> float:
-        (x0, y0), (x1, y1) = line
-        return y0 + (x - x0) / (x1 - x0) * (y1 - y0)
 
-    return (height(a, start) - height(b, start)) * (height(a, end) - height(b, end)) < -1e-9
+def _height(line: Line, x: float) -> float:
+    (x0, y0), (x1, y1) = line
+    return y0 + (x - x0) / (x1 - x0) * (y1 - y0)
 
 
 def spread(heights: Sequence[float], *, gap: float) -> list[float]:

@@ -19,7 +19,7 @@ from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from ftnas.layout import CHIP, OUTPUT, Cell, Edge, Plan, edges, ends, half_width, plan_cell, spread
+from ftnas.layout import CHIP, OUTPUT, Cell, Edge, Line, Plan, edges, ends, half_width, plan_cell, spread
 from ftnas.storage import atomic_write
 
 INK = "#1f2328"
@@ -244,7 +244,7 @@ def _draw_cell(axes: Axes, cell: Cell, plan: Plan) -> None:
     for node in map(int, cell):
         start = plan[node][0] + half_width(node), plan[node][1]
         end = plan[OUTPUT][0] - half_width(OUTPUT), plan[OUTPUT][1]
-        _bezier(axes, np.array([start, end]), color=GRID, linewidth=1.6)
+        _bezier(axes, (start, end), color=GRID, linewidth=1.6)
     for edge in edges(cell):
         _draw_edge(axes, edge, ends(plan, cell, edge), plan[edge.node])
     for node, (x, y) in plan.items():
@@ -254,7 +254,7 @@ def _draw_cell(axes: Axes, cell: Cell, plan: Plan) -> None:
         axes.text(x, y, text, ha="center", va="center", fontsize=9.5, color=INK, zorder=7)
 
 
-def _draw_edge(axes: Axes, edge: Edge, line: np.ndarray, target: tuple[float, float]) -> None:
+def _draw_edge(axes: Axes, edge: Edge, line: Line, target: tuple[float, float]) -> None:
     color, idle = _color(edge.op), edge.op == "none"
     dashes: Any = (0, (1, 2)) if idle else "-"
     _bezier(axes, line, color=color, linestyle=dashes, linewidth=1.3 if idle else 1.7)
@@ -263,7 +263,7 @@ def _draw_edge(axes: Axes, edge: Edge, line: np.ndarray, target: tuple[float, fl
     axes.add_patch(_box((x, y - 0.115), CHIP, 0.23, facecolor=PAPER, edgecolor=color, linestyle=dashes, zorder=4))
     label = _drawable(edge.op)
     size = 7.8 * min(1.0, 17 / max(1, len(label)))
-    style = {"fontsize": size, "color": MUTED if idle else INK, "zorder": 5, "parse_math": False}
+    style: dict[str, Any] = {"fontsize": size, "color": MUTED if idle else INK, "zorder": 5, "parse_math": False}
     axes.text(x + CHIP / 2, y, label, ha="center", va="center_baseline", **style)
 
 
@@ -272,7 +272,7 @@ def _box(corner: tuple[float, float], width: float, height: float, **style: Any)
     return FancyBboxPatch(corner, width, height, boxstyle=shape, linewidth=1.25, **style)
 
 
-def _bezier(axes: Axes, line: np.ndarray, **style: Any) -> None:
+def _bezier(axes: Axes, line: Line, **style: Any) -> None:
     (x0, y0), (x1, y1) = line
     reach = 0.45 * (x1 - x0)
     outline = Outline([(x0, y0), (x0 + reach, y0), (x1 - reach, y1), (x1, y1)], [1, 4, 4, 4])
@@ -319,7 +319,17 @@ def search_history(
     padded = np.cumsum([0.0, *means.values()])
     high = np.arange(1, len(means) + 1)
     low = np.maximum(0, high - width)
-    upper.plot(steps, rewards, linestyle="", marker="o", markersize=3, color=PALETTE[6], alpha=0.55, label="trial")
+    upper.plot(
+        steps,
+        rewards,
+        linestyle="",
+        marker="o",
+        markersize=3,
+        rasterized=len(points) > 2000,
+        color=PALETTE[6],
+        alpha=0.55,
+        label="trial",
+    )
     average = (padded[high] - padded[low]) / (high - low)
     upper.plot(list(means), average, color=INK, linewidth=2, label=f"mean of the last {width} steps")
     upper.set_ylabel("reward", color=INK)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -36,6 +37,13 @@ class Cell:
     def mean(self) -> str:
         """The mean in percent, with a mark for a clear difference."""
         return self.number + {1: " ▲", -1: " ▼", 0: ""}[self.mark]
+
+    @property
+    def half_width(self) -> str:
+        """The longer side of the interval in points, as the terminal shows it, or nothing."""
+        if self.interval is None or not is_known(self.interval.low):
+            return ""
+        return f"±{100 * max(self.interval.high - self.interval.mean, self.interval.mean - self.interval.low):.1f}"
 
     @property
     def bounds(self) -> str:
@@ -102,7 +110,7 @@ class Report:
             reason = "no device in common" if gap is None else certainty(gap)
             text = (
                 f"No clear winner under {shown} faults: {over}, {winner} ({100 * value:.1f}%) and {rival} "
-                f"({100 * second:.1f}%) differ by {100 * (value - second):.1f} points ({reason})."
+                f"({100 * second:.1f}%) differ by {100 * abs(value - second):.1f} points ({reason})."
             )
         behind = self.comparison.difference(fault, winner, self.reference, None)
         if self.reference not in (winner, rival) and behind is not None:
@@ -169,14 +177,16 @@ def legend(report: Report) -> str:
 def comparison_table(report: Report, fault: str) -> Table:
     """Return the comparison under one fault, for the terminal."""
     title = f"Accuracy (%) under {fault_name(fault)} by {report.comparison.faults[fault].replace('_', ' ')}"
-    table = Table(title=Text(title), caption=Text(f"{legend(report)} {report.method()}"), caption_justify="left")
+    table = Table(
+        title=Text(title), caption=Text(f"{legend(report)} {report.method()}"), caption_justify="left", box=SIMPLE_HEAD
+    )
     for index, name in enumerate(header(report, fault)):
-        table.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(Text(name), justify="right" if index else "left", overflow="fold", no_wrap=index > 0)
     for model, row in zip(report.comparison.models, report.tables[fault], strict=True):
         cells = []
         for cell in row:
             text = Text(cell.mean, style="bold" if cell.best else "")
-            cells.append(text.append(f"\n{cell.bounds}", style="not bold dim") if cell.bounds else text)
+            cells.append(text.append(f"\n{cell.half_width}", style="not bold dim") if cell.half_width else text)
         table.add_row(Text(model.name), Text(big(model.params)), Text(big(model.flops)), *cells)
     return table
 

@@ -24,6 +24,7 @@ from ftnas.tables import (
     fault_name,
     header,
     legend,
+    rate_label,
     to_csv,
     to_markdown,
 )
@@ -163,7 +164,7 @@ def _draw(report: Report, folder: Path) -> dict[str, Markup]:
         if comparison.rates[fault] and curves:
             figure = plots.accuracy_curves(
                 curves,
-                rate_label=comparison.faults[fault].replace("_", " "),
+                rate_label=rate_label(comparison.faults[fault]),
                 title=f"Accuracy under {fault_name(fault)} faults",
                 chance=1 / classes if isinstance(classes, int) and classes > 0 else None,
             )
@@ -229,6 +230,7 @@ def _page(report: Report, pictures: dict[str, Markup]) -> str:
     comparison = report.comparison
     seeds = {model.name: ", ".join(map(str, model.seeds)) for model in comparison.models}
     shown = {"big": big, "fault_name": fault_name, "header": header, "legend": legend}
+    shown["rate_label"] = rate_label
     return environment.get_template("report.html.j2").render(
         report=report,
         comparison=comparison,

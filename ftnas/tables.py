@@ -138,6 +138,12 @@ def fault_name(fault: str) -> str:
     return _FAULT_NAMES.get(fault, fault)
 
 
+def rate_label(rate_name: str) -> str:
+    """Return a rate's name for people: ``mac_error_rate`` is the MAC error rate."""
+    words = {"mac": "MAC", "sa0": "SA0", "sa1": "SA1", "saf": "SAF"}
+    return " ".join(words.get(word, word) for word in rate_name.split("_"))
+
+
 def points(difference: Difference) -> str:
     """Return the size of a difference in percentage points."""
     return f"{abs(100 * difference.interval.mean):.1f} points"
@@ -176,7 +182,7 @@ def legend(report: Report) -> str:
 
 def comparison_table(report: Report, fault: str) -> Table:
     """Return the comparison under one fault, for the terminal."""
-    title = f"Accuracy (%) under {fault_name(fault)} by {report.comparison.faults[fault].replace('_', ' ')}"
+    title = f"Accuracy (%) under {fault_name(fault)} by {rate_label(report.comparison.faults[fault])}"
     table = Table(
         title=Text(title), caption=Text(f"{legend(report)} {report.method()}"), caption_justify="left", box=SIMPLE_HEAD
     )
@@ -196,7 +202,7 @@ def to_markdown(report: Report) -> str:
     lines = []
     for fault, rows in report.tables.items():
         titles = header(report, fault)
-        lines += [f"## {_md(fault_name(fault))} by {_md(report.comparison.faults[fault])}", ""]
+        lines += [f"## {_md(fault_name(fault))} by {_md(rate_label(report.comparison.faults[fault]))}", ""]
         lines += [_md(report.headline(fault)), "", "| " + " | ".join(titles) + " |"]
         lines += ["|" + "---|" + "---:|" * (len(titles) - 1)]
         for model, row in zip(report.comparison.models, rows, strict=True):

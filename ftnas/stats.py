@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -111,7 +111,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, level: float = 0.95) -> Int
     if left.shape != right.shape:
         raise ValueError(f"pairs need as many values on both sides, got {len(left)} and {len(right)}")
     interval = mean_interval(left - right, level=level)
-    return Interval(**{**interval.__dict__, "method": "paired Student t"})
+    return replace(interval, method="paired Student t")
 
 
 def seed_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
@@ -129,7 +129,7 @@ def seed_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
         ValueError: As ``mean_interval``.
     """
     interval = mean_interval(_seed_means(values, "values"), level=level)
-    return Interval(**{**interval.__dict__, "method": "Student t over seed means"})
+    return replace(interval, method="Student t over seed means")
 
 
 def seed_difference(a: ArrayLike, b: ArrayLike, *, level: float = 0.95) -> Interval:

@@ -87,7 +87,7 @@ def test_palette_differs_in_lightness_or_hue_for_dichromats() -> None:
         assert min(gaps) > 0.12
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_cells_labels_never_meet(seed: int) -> None:
     random = np.random.default_rng(seed)
     genotype = {"name": "x $y", "normal": random_cell(random), "reduce": random_cell(random)}

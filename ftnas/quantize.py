@@ -1,19 +1,21 @@
 """Dynamic fixed point: one power-of-two step per tensor, found from the tensor or given.
 
 With ``m = max(max|x|, 1e-5)`` and ``s = ceil(log2(m))`` the fraction length is ``l = (bits - 1) - s`` and the step
-``LSB = 2^-l`` (minimal overflow, FTT-NAS section 5.1). A value x becomes ``clamp(round_half_even(x / LSB), lo, hi) * LSB``.
+``LSB = 2^-l`` (minimal overflow, FTT-NAS section 5.1). A value x
+becomes ``clamp(round_half_even(x / LSB), lo, hi) * LSB``.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ftnas.settings import Positive, Settings
+from ftnas.settings import Settings
 
 SMALLEST_RANGE = 1e-5
 
@@ -21,13 +23,13 @@ SMALLEST_RANGE = 1e-5
 class Bounded(Settings):
     """A range that is given: values beyond ``bound`` are clipped to the format's limits."""
 
-    bound: Positive
+    bound: Annotated[float, Field(ge=SMALLEST_RANGE, le=2.0**64)]
 
 
 class Frozen(Settings):
     """A fraction length that was found once, by calibration; what hardware deploys."""
 
-    fraction_length: int
+    fraction_length: int = Field(ge=-64, le=64)
 
 
 @dataclass(frozen=True)
@@ -77,19 +79,20 @@ class FixedPoint(Settings):
 
     def _lsb(self, x: Tensor) -> Tensor:
         if isinstance(self.range, Frozen):
-            return torch.full((), 2.0**-self.range.fraction_length, device=x.device)
-        if isinstance(self.range, Bounded):
-            largest = torch.full((), self.range.bound, device=x.device)
-        elif x.numel() == 0:
-            largest = torch.full((), SMALLEST_RANGE, device=x.device)
-        else:
-            low, high = torch.aminmax(x.detach())
-            largest = torch.maximum(-low, high).float().clamp_min(SMALLEST_RANGE)
+            return torch.full((), 2.0**-self.range.fraction_length, dtype=torch.float32, device=x.device)
+        if isinstance(self.range, Bounded) or x.numel() == 0:
+            bound = self.range.bound if isinstance(self.range, Bounded) else SMALLEST_RANGE
+            mantissa, exponent = math.frexp(bound)
+            lsb = 2.0 ** (exponent - (mantissa == 0.5) + 1 - self.bits)
+            return torch.full((), lsb, dtype=torch.float32, device=x.device)
+        low, high = torch.aminmax(x.detach())
+        largest = torch.maximum(-low, high)
+        largest = (largest if x.dtype == torch.float64 else largest.float()).clamp_min(SMALLEST_RANGE)
         # m = mantissa * 2^e with mantissa in [0.5, 1), so m / mantissa = 2^e exactly; a mantissa of 0.5 means that
         # m is a power of two itself. A rounded log2 would be off by one just above powers of two.
         mantissa, _ = torch.frexp(largest)
         power = torch.where(mantissa == 0.5, largest, largest / mantissa)
-        return power * 2.0 ** (1 - self.bits)
+        return (power * 2.0 ** (1 - self.bits)).float()
 
     def fraction_length(self, x: Tensor) -> int:
         """Return l with LSB = 2^-l for a tensor of any shape (reads the value back from the device)."""
@@ -97,9 +100,10 @@ class FixedPoint(Settings):
         return 1 - int(exponent)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return the integers of a float tensor, int32, same shape."""
+        """Return the integers of a finite float tensor, int32, same shape."""
         grid = self.grid(x)
-        return (x.float() / grid.lsb).round().clamp(grid.lo, grid.hi).to(torch.int32)
+        values, _ = round_to_grid(x, grid, need_inside=False)
+        return (values / grid.lsb).to(torch.int32)
 
     def decode(self, integers: Tensor, fraction_length: int) -> Tensor:
         """Return the float32 values of integers with the given fraction length."""
@@ -122,11 +126,15 @@ class Quantization(Settings):
     @classmethod
     def of(cls, value: Quantization | FixedPoint | None) -> Quantization | None:
         """Return a Quantization; one FixedPoint given alone serves weights and features."""
-        return cls(weights=value, features=value) if isinstance(value, FixedPoint) else value
+        if isinstance(value, FixedPoint):
+            return cls(weights=value, features=value)
+        if value is None or isinstance(value, Quantization):
+            return value
+        raise ValueError(f"quantization must be a FixedPoint(bits=8), a Quantization or None, got {value!r}")
 
 
 def round_to_grid(x: Tensor, grid: Grid, *, need_inside: bool) -> tuple[Tensor, Tensor | None]:
-    """Return a fresh float32 (or float64) tensor on the grid, and where asked the mask of values that were not clamped."""
+    """Return a fresh float32 (or float64) tensor on the grid, and the mask of unclamped values if needed."""
     values = x if x.dtype in (torch.float32, torch.float64) else x.float()
     integers = (values * grid.lsb.reciprocal()).round_()
     if not need_inside:
@@ -166,7 +174,7 @@ class _StraightThrough(torch.autograd.Function):
         gradient = gradients[0]
         inside, blocked = ctx.saved_tensors
         if inside is not None:
-            gradient = gradient * inside
+            gradient = torch.where(inside, gradient, 0.0)
         if blocked is not None:
             gradient = torch.where(blocked, 0.0, gradient)
         return gradient, None

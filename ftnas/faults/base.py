@@ -112,7 +112,13 @@ class Fault(Settings, ABC):
         """Return the same model at another overall rate, as a sweep needs it."""
 
     def apply(self, values: Tensor, plan: Plan, *, grid: Grid | None = None) -> Tensor:
-        """Return a faulty copy of ``values``; see `apply_`."""
+        """Return a faulty copy of ``values``; see `apply_`.
+
+        Raises:
+            ValueError: The plan is for a tensor of another shape.
+        """
+        if tuple(values.shape) != plan.shape:
+            raise ValueError(f"a plan fits one shape: it is for {plan.shape}, the tensor has {tuple(values.shape)}")
         return self.apply_(values.clone(), plan, grid)
 
 

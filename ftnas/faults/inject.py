@@ -92,7 +92,9 @@ class Injection:
         mask_gradients: bool,
         draw_on: DrawOn,
     ) -> None:
-        _check(faults, quantization, errors)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a torch.nn.Module, got {model!r}")
+        _check(faults, quantization, errors, draw_on)
         self.draw = 0
         self._model = model
         self._layers = find_layers(model)
@@ -103,6 +105,7 @@ class Injection:
         self._weights = _Drawing(faults, "weight", seed=seed, hard=errors != "soft", draw_on=draw_on)
         self._features = _Drawing(faults, "feature", seed=seed, hard=errors == "hard", draw_on=draw_on)
         self._mask_gradients = mask_gradients
+        self._faults = tuple(faults)
         self._tally = Tally(faults)
         self.finding = self._paused = self._running = self._ran = False
         self._current = 0
@@ -165,10 +168,15 @@ class Injection:
             handle.remove()
         self._handles = []
         for name, module in self._layers.items():
-            if _stored_weight(module):
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-                for parameter in self._orders.pop(name):  # the weight came back as the last one
-                    module._parameters[parameter] = module._parameters.pop(parameter)
+            if not _stored_weight(module):
+                continue
+            chain = module.parametrizations.weight  # type: ignore[union-attr]
+            if len(chain) > 1:  # the model's own come first, and stay
+                del chain[-1]  # type: ignore[operator]
+                continue
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            for parameter in self._orders.pop(name):  # the weight came back as the last one
+                module._parameters[parameter] = module._parameters.pop(parameter)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.finding:
@@ -234,10 +242,10 @@ class Injection:
                 out, inside = round_to_grid(values, grid, need_inside=need_mask)
             else:
                 out = values.clone()
-            for fault, plan, fresh in drawing.plans(site, self._current, index, out.device) if drawing else ():
+            for number, plan, fresh in drawing.plans(site, self._current, index, out.device) if drawing else ():
                 if fresh is not None:
-                    self._tally.add(fault, site.layer, fresh)
-                fault.apply_(out, plan, grid)
+                    self._tally.add(number, site.layer, fresh)
+                self._faults[number].apply_(out, plan, grid)
                 if need_mask and self._mask_gradients:
                     blocked = _mark(out, plan, blocked)
             return out, inside, blocked
@@ -253,7 +261,10 @@ class Injection:
 
 
 class _Drawing:
-    """Draws the plans of one kind of tensor, keyed by seed, fault, draw, layer and call, and keeps hard ones."""
+    """Draws the plans of one kind of tensor, keyed by seed, fault, draw, layer and call.
+
+    Kept are hard plans, and the last one of each weight, which may be read more than once in a forward.
+    """
 
     def __init__(self, faults: Sequence[Fault], target: str, *, seed: int, hard: bool, draw_on: DrawOn) -> None:
         self.faults = [(index, fault) for index, fault in enumerate(faults) if fault.target == target]
@@ -261,28 +272,29 @@ class _Drawing:
         self._target = target
         self._seed = seed
         self._on_device = draw_on == "device"
-        self._kept: dict[tuple[int, str, int], Plan] = {}
+        self._kept: dict[tuple[int, str, int], tuple[Label, Plan]] = {}
 
-    def plans(
-        self, site: Site, draw: int, index: int, device: torch.device
-    ) -> Iterator[tuple[Fault, Plan, Plan | None]]:
-        """Yield each fault, its plan for the tensor, and the plan to count (None: counted before)."""
+    def plans(self, site: Site, draw: int, index: int, device: torch.device) -> Iterator[tuple[int, Plan, Plan | None]]:
+        """Yield each fault's number, its plan for the tensor, and the plan to count (None: counted before)."""
+        when: Label = "device" if self.hard else draw
+        batch = site.shape[0] if self.hard and self._target == "feature" else None
+        one = site if batch is None else Site(site.layer, site.shape[1:], site.macs, site.bits)
         for number, fault in self.faults:
             key = (number, site.layer, index)
-            batch = site.shape[0] if self.hard and self._target == "feature" else None
-            plan, fresh = self._kept.get(key) if self.hard else None, None
-            if plan is None:
-                one = site if batch is None else Site(site.layer, site.shape[1:], site.macs, site.bits)
-                when: Label = "device" if self.hard else draw
+            kept, plan = self._kept.get(key, (None, None))
+            fresh = None
+            if plan is None or kept != when:
                 stream = generator(
                     self._seed, fault.name, number, when, site.layer, index,
                     device=device if self._on_device else "cpu",
                 )  # fmt: skip
                 plan = fresh = fault.sample(one, generator=stream)
                 plan = plan.to(device)
-                if self.hard:
-                    self._kept[key] = plan
-            yield fault, plan if batch is None else plan.repeated(batch), fresh
+                if self.hard or self._target == "weight":
+                    self._kept[key] = (when, plan)
+            if plan.shape != one.shape:
+                raise ValueError(f"{site.layer!r}: a defect map fits one shape, {plan.shape}, got {one.shape}")
+            yield number, plan if batch is None else plan.repeated(batch), fresh
 
 
 class _StoredWeight(nn.Module):
@@ -299,8 +311,8 @@ class _StoredWeight(nn.Module):
         """Return the quantized and faulty weight; same shape and dtype."""
         if self._injection.finding:
             return weight
-        if torch.is_grad_enabled() and weight.requires_grad:
-            self._kept.clear()
+        if (torch.is_grad_enabled() and weight.requires_grad) or not isinstance(weight, nn.Parameter):
+            self._kept.clear()  # what a parametrization of the model's own made tells nothing by its address
             return self._injection.weight(self._layer, weight, self._macs)
         faulty, draw = self._injection.weight_key(self._layer)
         key = (weight.data_ptr(), weight._version, draw)
@@ -325,7 +337,7 @@ def _mark(values: Tensor, plan: Plan, blocked: Tensor | None) -> Tensor:
     return marks > 0 if blocked is None else blocked | (marks > 0)
 
 
-def _check(faults: Sequence[Fault], quantization: Quantization | None, errors: Errors | None) -> None:
+def _check(faults: Sequence[Fault], quantization: Quantization | None, errors: Errors | None, draw_on: DrawOn) -> None:
     for fault in faults:
         if not isinstance(fault, Fault):
             raise ValueError(f"inject takes fault models such as MiBB(mac_error_rate=1e-4), got {fault!r}")
@@ -333,6 +345,8 @@ def _check(faults: Sequence[Fault], quantization: Quantization | None, errors: E
             raise ValueError(f"{fault.name} needs fixed point: give quantization=FixedPoint(bits=8), got None")
     if errors not in (None, "soft", "hard"):
         raise ValueError(f"errors must be 'soft', 'hard' or None, got {errors!r}")
+    if draw_on not in ("cpu", "device"):
+        raise ValueError(f"draw_on must be 'cpu' or 'device', got {draw_on!r}")
 
 
 def _with_encoding(quantization: Quantization | None, faults: Sequence[Fault]) -> Quantization | None:

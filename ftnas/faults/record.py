@@ -54,10 +54,13 @@ class Tally:
         self._faults = list(faults)
         self._sums: list[dict[str, tuple[int, float, Tensor | int]]] = [{} for _ in self._faults]
 
-    def add(self, fault: Fault, layer: str, plan: Plan) -> None:
-        """Count one plan of one layer; on a CPU plans hold no padding, elsewhere the count stays on the device."""
+    def add(self, fault: int, layer: str, plan: Plan) -> None:
+        """Count one plan of one layer, for the fault model of that index.
+
+        On a CPU plans hold no padding; elsewhere the count stays on the device.
+        """
         hits: Tensor | int = len(plan.sites) if plan.sites.device.type == "cpu" else plan.hits()
-        sums = self._sums[self._faults.index(fault)]
+        sums = self._sums[fault]
         sites, expected, before = sums.get(layer, (0, 0.0, 0))
         sums[layer] = (sites + plan.population, expected + plan.population * plan.rate, before + hits)
 

@@ -41,19 +41,21 @@ def bernoulli_sites(population: int, rate: float, *, generator: torch.Generator)
     expected = population * rate
     # Hits are binomial; for them to outnumber this by chance is under 1e-12 (Chernoff), and on a CPU the draw goes on.
     length = min(population, int(expected + 8.0 * math.sqrt(expected) + 32.0))
-    sites = _walk(-1, length, rate, generator)
+    sites = _walk(-1, length, rate, population, generator)
     if device.type != "cpu":
         return sites.clamp_(max=population)
     while int(sites[-1]) < population - 1:
-        sites = torch.cat([sites, _walk(int(sites[-1]), length, rate, generator)])
+        sites = torch.cat([sites, _walk(int(sites[-1]), length, rate, population, generator)])
     return sites[: int(torch.searchsorted(sites, population))]
 
 
-def _walk(last: int, length: int, rate: float, generator: torch.Generator) -> Tensor:
-    """Return the next ``length`` hits after site ``last``; int64."""
-    gaps = torch.empty(length, dtype=torch.float64, device=generator.device).exponential_(generator=generator)
-    steps = gaps.mul_(-1.0 / math.log1p(-rate)).floor_().add_(1.0)
-    return steps.cumsum(0).add_(float(last)).to(torch.int64)
+def _walk(last: int, length: int, rate: float, population: int, generator: torch.Generator) -> Tensor:
+    """Return the next ``length`` hits after site ``last``, some of them past the population; int64."""
+    # not exponential_(): its numbers depend on the maker of the CPU (on some it asks MKL), and it is slower
+    uniform = torch.rand(length, dtype=torch.float64, generator=generator, device=generator.device)
+    gaps = uniform.neg_().log1p_().mul_(1.0 / math.log1p(-rate)).floor_()
+    # a gap of a very small rate may be longer than any integer holds; past the end is past the end
+    return gaps.clamp_(max=float(population)).add_(1.0).cumsum(0).add_(float(last)).to(torch.int64)
 
 
 def random_integers(high: int, length: int, *, generator: torch.Generator) -> Tensor:

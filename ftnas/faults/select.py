@@ -30,16 +30,19 @@ def select_layers(candidates: Mapping[str, nn.Module], layers: Layers) -> frozen
             a sequence of those (any may match); None selects all.
 
     Raises:
-        ValueError: A selector that matches nothing.
+        ValueError: A selector that matches nothing, or that is none.
     """
     if layers is None:
         return frozenset(candidates)
-    selectors = [layers] if isinstance(layers, str) or callable(layers) else list(layers)
+    selectors = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
     chosen: set[str] = set()
     for selector in selectors:
+        if not isinstance(selector, str) and not callable(selector):
+            raise ValueError(f"layers must be names of types or layers, predicates, or None for all, got {selector!r}")
         matched = {name for name, module in candidates.items() if _matches(selector, name, module)}
         if not matched:
-            raise ValueError(f"layers={selector!r} matches no layer; {did_you_mean(str(selector), candidates)}")
+            known = [*candidates, *TYPE_NAMES]
+            raise ValueError(f"layers={selector!r} matches no layer; {did_you_mean(str(selector), known)}")
         chosen |= matched
     if not chosen:
         raise ValueError(f"layers={layers!r} selects no layer; None selects all")

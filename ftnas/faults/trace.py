@@ -178,12 +178,17 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the model's buffers and the global random states back after the body, bit for bit."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         with torch.no_grad():
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
+            for module, name, buffer, saved in buffers:
+                module._buffers[name] = buffer.copy_(saved)  # also where the forward put another tensor there

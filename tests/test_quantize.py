@@ -1,0 +1,226 @@
+"""Dynamic fixed point against closed forms and a naive NumPy version."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ftnas.quantize import Bounded, FixedPoint, Frozen, Quantization
+
+ENCODINGS = ["twos_complement", "sign_magnitude"]
+
+
+def naive_fraction_length(largest: float, bits: int) -> int:
+    """The definition, by search: the smallest s with 2^s >= m."""
+    m, s = max(largest, 1e-5), -40
+    while math.ldexp(1.0, s) < m:
+        s += 1
+    return bits - 1 - s
+
+
+def naive_quantize(x: np.ndarray, bits: int, encoding: str, fraction_length: int | None = None) -> np.ndarray:
+    x = x.astype(np.float64)
+    if fraction_length is None:
+        fraction_length = naive_fraction_length(float(np.abs(x).max()), bits)
+    hi = 2 ** (bits - 1) - 1
+    lo = -hi - 1 if encoding == "twos_complement" else -hi
+    out = np.empty_like(x)
+    for index, value in np.ndenumerate(x):
+        out[index] = min(max(round(value * 2.0**fraction_length), lo), hi) * 2.0**-fraction_length
+    return out
+
+
+@pytest.mark.parametrize("exponent", [-16, -10, -3, -1, 0, 1, 2, 7, 13, 30])
+def test_fraction_length_is_exact_around_powers_of_two(exponent):
+    power = torch.tensor(2.0**exponent)
+    above = torch.nextafter(power, torch.tensor(torch.inf))
+    below = torch.nextafter(power, torch.tensor(0.0))
+    form = FixedPoint(bits=8)
+    assert form.fraction_length(power) == 7 - exponent
+    assert form.fraction_length(-power) == 7 - exponent
+    assert form.fraction_length(above) == 7 - (exponent + 1)
+    assert form.fraction_length(below) == 7 - exponent
+
+
+def test_fraction_length_of_float64_and_of_a_bound_sees_what_float32_cannot():
+    just_above = 1.0 + 1e-12
+    assert FixedPoint().fraction_length(torch.tensor([just_above], dtype=torch.float64)) == 6
+    assert FixedPoint(range=Bounded(bound=just_above)).fraction_length(torch.zeros(1)) == 6
+    assert FixedPoint(range=Bounded(bound=1.0)).fraction_length(torch.zeros(1)) == 7
+
+
+@pytest.mark.parametrize("bits", range(2, 17))
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_agrees_with_the_naive_version(bits, encoding):
+    generator = torch.Generator().manual_seed(bits)
+    form = FixedPoint(bits=bits, encoding=encoding)
+    for scale in (3e-6, 0.02, 1.0, 700.0):
+        x = torch.randn(5, 7, generator=generator) * scale
+        expected = naive_quantize(x.numpy(), bits, encoding)
+        assert form.fraction_length(x) == naive_fraction_length(float(x.abs().max()), bits)
+        np.testing.assert_array_equal(form.quantize(x).numpy(), expected)
+
+
+def test_exact_values_by_hand():
+    # max 0.9 -> s = 0, LSB = 1/8: integers -8 .. 7
+    x = torch.tensor([0.3, -0.9, 0.9, 0.0625, 0.1875, -0.0624])
+    expected = torch.tensor([0.25, -0.875, 0.875, 0.0, 0.25, 0.0])
+    assert torch.equal(FixedPoint(bits=4).quantize(x), expected)
+
+
+def test_halves_go_to_even():
+    form = FixedPoint(bits=8, range=Frozen(fraction_length=0))
+    x = torch.tensor([0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5])
+    assert form.quantize(x).tolist() == [0.0, 2.0, 2.0, 4.0, 0.0, -2.0, -2.0]
+
+
+def test_limits_of_both_encodings():
+    x = torch.tensor([-1.0, 1.0])  # the power of two itself does not fit on the positive side
+    assert FixedPoint().quantize(x).tolist() == [-1.0, 127 / 128]
+    assert FixedPoint(encoding="sign_magnitude").quantize(x).tolist() == [-127 / 128, 127 / 128]
+    grid = FixedPoint(encoding="sign_magnitude").grid(x)
+    assert (grid.lo, grid.hi, float(grid.bound)) == (-127, 127, 127 / 128)
+    grid = FixedPoint(bits=4).grid(x)
+    assert (grid.lo, grid.hi, float(grid.lsb)) == (-8, 7, 0.125)
+
+
+def test_zeros_tiny_and_empty_tensors_use_the_floor():
+    # 2^-17 < 1e-5 < 2^-16
+    for x in (torch.zeros(3), torch.full((3,), 1e-7), torch.full((3,), -1e-9), torch.empty(0)):
+        assert FixedPoint().fraction_length(x) == 23
+        assert torch.equal(FixedPoint().quantize(x), (x * 2.0**23).round() * 2.0**-23)
+    assert torch.equal(FixedPoint().quantize(torch.zeros(3)), torch.zeros(3))
+    assert FixedPoint().fraction_length(torch.full((3,), 1.6e-5)) == 22
+
+
+def test_negative_only_tensor_sets_the_range_by_its_magnitude():
+    x = torch.tensor([-3.0, -0.51])
+    assert FixedPoint().fraction_length(x) == 5
+    assert FixedPoint().quantize(x).tolist() == [-3.0, -0.5]
+
+
+def test_bounded_range_clips_and_frozen_range_is_the_given_one():
+    x = torch.tensor([5.0, -5.0, 0.3, 0.004])
+    bounded = FixedPoint(range=Bounded(bound=1.5))  # rounded up to the power of two: LSB = 2^-6
+    np.testing.assert_array_equal(bounded.quantize(x).numpy(), naive_quantize(x.numpy(), 8, "twos_complement", 6))
+    assert bounded.quantize(x).tolist()[:2] == [127 / 64, -2.0]
+    frozen = FixedPoint(range=Frozen(fraction_length=3))
+    np.testing.assert_array_equal(frozen.quantize(x).numpy(), naive_quantize(x.numpy(), 8, "twos_complement", 3))
+    assert frozen.fraction_length(x) == 3
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("bits", [2, 8, 16])
+def test_encode_and_decode_are_the_two_halves_of_quantize(bits, encoding):
+    form = FixedPoint(bits=bits, encoding=encoding)
+    x = torch.randn(200, generator=torch.Generator().manual_seed(0)) * 3
+    integers = form.encode(x)
+    hi = 2 ** (bits - 1) - 1
+    assert integers.dtype == torch.int32 and int(integers.abs().max()) <= hi + 1
+    assert torch.equal(form.decode(integers, form.fraction_length(x)), form.quantize(x))
+    every = torch.arange(-hi, hi + 1)
+    frozen = FixedPoint(bits=bits, encoding=encoding, range=Frozen(fraction_length=5))
+    assert torch.equal(frozen.encode(frozen.decode(every, 5)), every.int())
+
+
+def test_encode_of_float64_rounds_once():
+    form = FixedPoint(range=Frozen(fraction_length=0))
+    x = torch.tensor([0.5 + 1e-12, 0.5, 1.5 - 1e-12], dtype=torch.float64)
+    assert form.encode(x).tolist() == [1, 0, 1]
+
+
+def test_gradient_is_one_inside_and_zero_where_clamped():
+    form = FixedPoint(bits=4, range=Frozen(fraction_length=0))  # integers -8 .. 7
+    x = torch.tensor([7.0, 7.4, 7.6, 9.0, -8.0, -8.4, -8.6, 0.2, -0.2], requires_grad=True)
+    upstream = torch.tensor([1.0, 2.0, 3.0, torch.inf, 5.0, 6.0, 7.0, 8.0, 9.0])
+    form.quantize(x).backward(upstream)
+    assert x.grad.tolist() == [1.0, 2.0, 0.0, 0.0, 5.0, 6.0, 0.0, 8.0, 9.0]
+
+
+def test_gradient_of_a_dynamic_range_passes_everywhere_but_at_the_top():
+    x = torch.tensor([1.0, -1.0, 0.3, 127 / 128], requires_grad=True)  # 1.0 would be 128 LSB, which is clamped
+    FixedPoint().quantize(x).sum().backward()
+    assert x.grad.tolist() == [0.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_float_types_keep_their_type_and_are_computed_exactly(dtype):
+    x = (torch.randn(64, generator=torch.Generator().manual_seed(3)) * 4).to(dtype)
+    result = FixedPoint().quantize(x)
+    assert result.dtype == dtype
+    np.testing.assert_array_equal(result.double().numpy(), naive_quantize(x.double().numpy(), 8, "twos_complement"))
+    y = x.clone().requires_grad_()
+    FixedPoint().quantize(y).sum().backward()
+    assert y.grad.dtype == dtype
+
+
+def test_largest_half_does_not_overflow():
+    x = torch.tensor([65504.0, -65504.0], dtype=torch.float16)
+    assert FixedPoint(encoding="sign_magnitude").quantize(x).tolist() == [127 * 512.0, -127 * 512.0]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_infinity_stay_visible(bad):
+    x = torch.tensor([0.5, bad, 1.0])
+    assert not bool(torch.isfinite(FixedPoint().quantize(x)).any())
+    assert bool(torch.isnan(FixedPoint(range=Frozen(fraction_length=7)).quantize(torch.tensor([torch.nan]))).all())
+
+
+def test_the_argument_is_untouched_and_its_memory_format_kept():
+    x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    before = x.clone()
+    result = FixedPoint().quantize(x)
+    assert torch.equal(x, before) and result.data_ptr() != x.data_ptr()
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(result, FixedPoint().quantize(x.contiguous()))
+
+
+class _NoReadBack(TorchFunctionMode):
+    """Fails on the functions that wait for a device: reading a number, or a shape that depends on values."""
+
+    waiting = ("item", "tolist", "numpy", "cpu", "equal", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert getattr(func, "__name__", "") not in self.waiting, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("limits", [None, Bounded(bound=2.0), Frozen(fraction_length=4)])
+def test_no_number_is_read_back_from_the_device(limits):
+    x = torch.randn(50, requires_grad=True)
+    with _NoReadBack():
+        FixedPoint(range=limits).quantize(x).sum().backward()
+        with torch.no_grad():
+            FixedPoint(range=limits).quantize(x)
+    for read in (lambda: x.sum().item(), lambda: float(x.sum()), lambda: bool(x.sum() > 0), lambda: x.nonzero()):
+        with pytest.raises(AssertionError), _NoReadBack():  # the guard itself works
+            read()
+
+
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (lambda: FixedPoint(bits=1), "bits"),
+        (lambda: FixedPoint(bits=25), "bits"),
+        (lambda: FixedPoint(encoding="offset"), "encoding"),
+        (lambda: FixedPoint(width=8), "width"),
+        (lambda: Bounded(bound=0.0), "bound"),
+        (lambda: Bounded(bound=float("nan")), "bound"),
+        (lambda: Frozen(fraction_length=3000), "fraction_length"),
+        (lambda: Quantization.of(8), "quantization must be a FixedPoint"),
+    ],
+)
+def test_bad_formats_are_refused(make, rule):
+    with pytest.raises(ValueError, match=rule):
+        make()
+
+
+def test_one_format_serves_weights_and_features():
+    form = FixedPoint(bits=6)
+    assert Quantization.of(form) == Quantization(weights=form, features=form)
+    assert Quantization.of(None) is None
+    assert Quantization() == Quantization(weights=FixedPoint(bits=8), features=FixedPoint(bits=8))

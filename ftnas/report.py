@@ -132,6 +132,8 @@ def make_report(path: str | Path, *, console: Console | None = None) -> Report:
     except OSError as error:
         raise ValueError(f"{Path(path) / FOLDER} cannot be written ({error.strerror})") from None
     console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 110)  # a log has no edge to fit into
     for fault in report.comparison.faults:
         console.print(comparison_table(report, fault))
         console.print(Text(report.headline(fault), style="bold"))

@@ -186,14 +186,16 @@ def comparison_table(report: Report, fault: str) -> Table:
     table = Table(
         title=Text(title), caption=Text(f"{legend(report)} {report.method()}"), caption_justify="left", box=SIMPLE_HEAD
     )
-    for index, name in enumerate(header(report, fault)):
-        table.add_column(Text(name), justify="right" if index else "left", overflow="fold", no_wrap=index > 0)
+    # Sizes stand under the names, so that seven columns of numbers fit into 80 characters.
+    table.add_column(Text("model\nparams, FLOPs"), overflow="fold", min_width=14)
+    for name in header(report, fault)[3:]:
+        table.add_column(Text(name), justify="right", no_wrap=True, min_width=6)
     for model, row in zip(report.comparison.models, report.tables[fault], strict=True):
-        cells = []
+        cells = [Text(model.name).append(f"\n{big(model.params)}, {big(model.flops)}", style="dim")]
         for cell in row:
             text = Text(cell.mean, style="bold" if cell.best else "")
             cells.append(text.append(f"\n{cell.half_width}", style="not bold dim") if cell.half_width else text)
-        table.add_row(Text(model.name), Text(big(model.params)), Text(big(model.flops)), *cells)
+        table.add_row(*cells)
     return table
 
 

@@ -260,6 +260,12 @@ def test_table_for_terminal_and_markdown(tmp_path: Path) -> None:
     out = io.StringIO()
     Console(file=out, width=160).print(comparison_table(report, "mibb"))
     assert "<b>evil</b>" in out.getvalue() and "24.3k" in out.getvalue() and "1.23M" in out.getvalue()
+    narrow = io.StringIO()
+    Console(file=narrow, width=80).print(comparison_table(report, "mibb"))
+    marks = sum(cell.mark != 0 for row in report.tables["mibb"] for cell in row)
+    body = narrow.getvalue()[: narrow.getvalue().index("Accuracy in percent")]
+    assert marks and body.count("▼") + body.count("▲") == marks
+    assert "found" in body and "resnet20" in body and max(map(len, body.splitlines())) <= 80
     markdown = to_markdown(report)
     table = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(NAMES)

@@ -132,7 +132,7 @@ def test_factorized_reduction_reads_every_pixel(size):
     expected[0, 0] = x[0, 0, ::2, ::2]
     odd = x[0, 0, 1::2, 1::2]
     expected[0, 1, : odd.shape[0], : odd.shape[1]] = odd
-    torch.testing.assert_close(out, expected)
+    assert torch.allclose(out, expected)
 
 
 # Supernet = discrete network
@@ -172,7 +172,7 @@ def test_copied_path_is_the_same_function_and_gradient(space, size):
         copy_path(supernet, genotype, network)
         supernet.zero_grad()
         logits, own = supernet(x, genotype), network(x)
-        torch.testing.assert_close(own, logits, rtol=1e-9, atol=1e-9)
+        assert torch.allclose(own, logits, rtol=1e-9, atol=1e-9)
         nn.functional.cross_entropy(logits, target).backward()
         nn.functional.cross_entropy(own, target).backward()
         compare_gradients(supernet, network, genotype)
@@ -195,7 +195,7 @@ def compare_gradients(supernet, network, genotype):
     have = {name: p.grad for name, p in supernet.named_parameters() if p.grad is not None}
     assert have.keys() == expected.keys()
     for name, grad in have.items():
-        torch.testing.assert_close(grad, expected[name], rtol=1e-7, atol=1e-9)
+        assert torch.allclose(grad, expected[name], rtol=1e-7, atol=1e-9), name
 
 
 def test_copy_refuses_another_genotype():
@@ -353,7 +353,7 @@ def test_own_primitive_in_both_networks(own_module):
     supernet = make_supernet(space)
     network = build_network(genotype, space, num_classes=5, in_channels=1)
     copy_path(supernet, genotype, network)
-    torch.testing.assert_close(network(images()), supernet(images(), genotype))
+    assert torch.allclose(network(images()), supernet(images(), genotype), atol=1e-5)
     key = "cells.0.edges.2_0_own_primitives_Wide"
     assert supernet.feature_points()[f"{key}.0"] == f"{key}.1"
 

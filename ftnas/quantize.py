@@ -81,9 +81,8 @@ class FixedPoint(Settings):
         if isinstance(self.range, Frozen):
             return torch.full((), 2.0**-self.range.fraction_length, dtype=torch.float32, device=x.device)
         if isinstance(self.range, Bounded) or x.numel() == 0:
-            bound = self.range.bound if isinstance(self.range, Bounded) else SMALLEST_RANGE
-            mantissa, exponent = math.frexp(bound)
-            lsb = 2.0 ** (exponent - (mantissa == 0.5) + 1 - self.bits)
+            fraction, exponent = math.frexp(self.range.bound if isinstance(self.range, Bounded) else SMALLEST_RANGE)
+            lsb = 2.0 ** (exponent - (fraction == 0.5) + 1 - self.bits)
             return torch.full((), lsb, dtype=torch.float32, device=x.device)
         low, high = torch.aminmax(x.detach())
         largest = torch.maximum(-low, high)

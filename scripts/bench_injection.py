@@ -72,11 +72,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the medians")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = {batch: measure(batch, options.rounds, options.width) for batch in options.batch or [8]}
-    for batch, medians in results.items():
-        print(f"batch {batch}")
+    results = {}
+    for batch in options.batch or [8]:
+        medians = results[batch] = measure(batch, options.rounds, options.width)
+        print(f"batch {batch}", flush=True)
         for name, seconds in medians.items():
-            print(f"  {name:<28} {seconds * 1e3:9.1f} ms {seconds / medians['plain']:7.2f} x")
+            print(f"  {name:<28} {seconds * 1e3:9.1f} ms {seconds / medians['plain']:7.2f} x", flush=True)
     if options.json:
         record = {
             "model": "resnet18", "width": options.width, "image": [3, 32, 32], "threads": 1, "rounds": options.rounds,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -170,9 +170,9 @@ class Injection:
         for name, module in self._layers.items():
             if not _stored_weight(module):
                 continue
-            chain = module.parametrizations.weight  # type: ignore[union-attr]
+            chain = cast(parametrize.ParametrizationList, module.parametrizations.weight)  # type: ignore[union-attr]
             if len(chain) > 1:  # the model's own come first, and stay
-                del chain[-1]  # type: ignore[operator]
+                del chain[-1]
                 continue
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
             for parameter in self._orders.pop(name):  # the weight came back as the last one

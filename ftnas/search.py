@@ -70,6 +70,11 @@ class SearchConfig(Settings):
         return self
 
 
+def _reward_text(record: dict[str, Any]) -> str:
+    reward = record.get("controller/reward")
+    return "warm-up" if reward is None else f"reward {reward:.3f}"
+
+
 class Search:
     """One search over one space on one data split; `run` carries it out or goes on with it.
 
@@ -136,15 +141,15 @@ class Search:
         board = self._folder.tensorboard(purge_step=first)
         with track(self._title, self.config.epochs, done=first) as progress:
             for epoch in range(first, self.config.epochs):
-                record = {"epoch": epoch, **self._weights_epoch(epoch)}
+                record: dict[str, Any] = {"epoch": epoch, **self._weights_epoch(epoch)}
                 if epoch >= self.config.warmup_epochs:
                     record |= self._controller_epoch(epoch)
                 self._scheduler.step()
                 self._folder.journal(EPOCHS).append(record)
                 for name, value in record.items():
-                    board.add_scalar(f"search/{name}", value, epoch)
+                    board.add_scalar(name if "/" in name else f"weights/{name}", value, epoch)
                 self._save(epoch + 1)
-                progress.advance(f"loss {record['loss']:.3f}  reward {record.get('reward', float('nan')):.3f}")
+                progress.advance(f"loss {record['loss']:.3f}  {_reward_text(record)}")
         return derive(
             self.controller,
             self.supernet,
@@ -235,9 +240,10 @@ class Search:
                 for name, value in told.items():
                     sums[name] = sums.get(name, 0.0) + value
         means = {name: value / self._num_updates for name, value in sums.items()}
-        self._watch_entropy(epoch, means)
+        self._watch_entropy(epoch, means.get("entropy"))
         summarise = getattr(self.controller, "policy_summary", None)  # only a controller with a policy has one
-        return means | (summarise() if summarise is not None else {})
+        means |= summarise() if summarise is not None else {}
+        return {f"controller/{name}": value for name, value in means.items()}
 
     def _reward_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of one controller epoch, from as many passes over the split as it needs."""
@@ -253,8 +259,7 @@ class Search:
                     return
             done += 1
 
-    def _watch_entropy(self, epoch: int, means: dict[str, float]) -> None:
-        entropy = means.get("entropy")
+    def _watch_entropy(self, epoch: int, entropy: float | None) -> None:
         if entropy is not None and entropy < COLLAPSED:
             message = (
                 f"{self._title}: the controller's entropy fell to {entropy:.3f} of its maximum in epoch {epoch}: "

@@ -1,7 +1,7 @@
 """What fixed point and faults cost: ResNet-18 at 32x32, forward without gradients, one thread, one process.
 
-The variants take turns in every round, so that whatever else the machine does hits them alike; each time is the median
-over the rounds.
+The variants take turns in every round, so that whatever else the machine does hits them alike. Each figure is CPU time,
+the median over the rounds.
 
     python scripts/bench_injection.py --batch 8 --batch 128 --json injection.json
 """
@@ -57,10 +57,10 @@ def measure(batch: int, rounds: int, width: float) -> dict[str, float]:
         forward = forwards(models, images, stack)
         for number in range(rounds + 1):
             for name, run in forward.items():
-                start = time.perf_counter()
+                start = time.process_time()
                 run()
                 if number > 0:  # the first round finds the feature points and fills caches
-                    times[name].append(time.perf_counter() - start)
+                    times[name].append(time.process_time() - start)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 

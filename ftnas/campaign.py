@@ -43,12 +43,14 @@ class CampaignConfig(Settings):
     Attributes:
         sweeps: Fault models and rates.
         devices: Devices per rate; a device is a seed, common to all models.
+        images: Take this many test images, stratified, always the same ones; None takes all.
         batch_size: Images per forward; a setting of the result, since float sums depend on it.
         errors: ``hard`` or ``soft``; None: hard for weights, soft for features.
     """
 
     sweeps: tuple[SweepConfig, ...] = Field(min_length=1)
     devices: Count = 10
+    images: Count | None = None
     batch_size: Count = 200
     errors: Errors | None = None
 

@@ -33,8 +33,9 @@ class DataConfig(Settings):
 
     Attributes:
         name: A registered source: digits, cifar10, cifar100, mnist, fashion_mnist, svhn, image_folder.
-        root: Folder of the files. For image_folder it is required, and holds ``train/<class>/<file>`` and
-            ``test/<class>/<file>`` (or ``val``). Else default: $FTNAS_DATA, or ~/.cache/ftnas.
+        root: Folder of the files; environment variables in it are filled in. For image_folder it is required, and
+            holds ``train/<class>/<file>`` and ``test/<class>/<file>`` (or ``val``). Else default: $FTNAS_DATA, or
+            ~/.cache/ftnas.
         download: Whether files that are missing may be fetched from the network.
         image_size: Height and width, or one number for both; images of another size are resized (stretched).
             None: as stored, and all the same.
@@ -75,8 +76,15 @@ class DataConfig(Settings):
 
     @property
     def folder(self) -> Path:
-        """The root, with the default filled in."""
-        return Path(self.root or os.environ.get(ROOT_VARIABLE) or "~/.cache/ftnas").expanduser()
+        """The root, with the default and environment variables filled in.
+
+        Raises:
+            ValueError: The root names an environment variable that is not set.
+        """
+        root = os.path.expandvars(self.root or os.environ.get(ROOT_VARIABLE) or "~/.cache/ftnas")
+        if "$" in root:
+            raise ValueError(f"data.root: an environment variable in it is not set, got {root!r}; give data.root=PATH")
+        return Path(root).expanduser()
 
 
 @dataclass(frozen=True)

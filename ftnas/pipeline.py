@@ -50,7 +50,8 @@ class Pipeline:
         """The training images, on the device; loaded on first use."""
         if self._train_images is None:
             self._train_images = load(self.config.data, "train").to(self.device)
-            self.run.describe(dataset_digest=self._train_images.digest)
+            images = self._train_images
+            self.run.describe(dataset_digest=images.digest, num_classes=len(images.classes))
         return self._train_images
 
     def search(self, which: str = "search") -> Genotype:
@@ -95,6 +96,9 @@ class Pipeline:
             raise ValueError(f"the config {self.config.name!r} has no campaign section")
         subjects = list(self._subjects())
         images = load(self.config.data, "test").to(self.device)
+        if config.images is not None and config.images < images.num_images:
+            chosen, _ = stratified_split(images.labels, config.images / images.num_images, seed=0)
+            images = images.subset(chosen)
         run_campaign(
             subjects,
             images,

@@ -1,0 +1,75 @@
+"""The campaign's grid: keys, common devices, resume."""
+
+import base64
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ftnas.campaign import RECORDS, CampaignConfig, Subject, run_campaign
+from ftnas.data import DataConfig, load
+from ftnas.faults.hardware import Hardware
+from ftnas.models import count
+from ftnas.rng import isolated
+from ftnas.rundir import RunDir
+
+SWEEPS = [
+    {"fault": {"name": "mibb", "mac_error_rate": 1e-3}, "rates": [0.01, 0.05]},
+    {"fault": {"name": "adsaf"}, "rates": [0.08]},
+]
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load(DataConfig(name="digits"), "test").subset(torch.arange(50))
+
+
+def subject(name, seed=0):
+    with isolated(seed, name):
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).eval()
+    return Subject(name, seed, "clean", count(model, (1, 8, 8)), lambda: model)
+
+
+def run(folder, images, subjects, seed=0):
+    config = CampaignConfig(sweeps=SWEEPS, devices=3, batch_size=20)
+    return run_campaign(subjects, images, config=config, hardware=Hardware(layers=None), seed=seed, folder=folder)
+
+
+def test_one_record_for_every_point(images, tmp_path):
+    with RunDir.create(tmp_path / "run", {}) as folder:
+        records = run(folder, images, [subject("a"), subject("b")])
+    keys = {(r["model"], r["fault"], r["rate"], r["device"]) for r in records}
+    assert len(keys) == len(records) == 2 * ((1 + 2 * 3) + (1 + 3))
+    for record in records:
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(record["correct"]), dtype=np.uint8))[: record["num_images"]]
+        assert bits.mean() == pytest.approx(record["accuracy"])
+        assert (record["hits"] == 0) == (record["rate"] == 0.0)
+        assert record["params"] > 0 and record["flops"] > 0
+    stuck = [r for r in records if r["fault"] == "adsaf" and r["rate"]]
+    # weights of conv (36) and linear (1440): hits are binomial, 8% of 1476 is 118; 6 sigma is 62
+    assert all(abs(r["hits"] - 118) < 62 and r["sites"] == 1476 for r in stuck)
+
+
+def test_models_of_one_shape_meet_the_same_devices(images, tmp_path):
+    with RunDir.create(tmp_path / "run", {}) as folder:
+        records = run(folder, images, [subject("a"), subject("b")])
+    hits = {(r["model"], r["fault"], r["rate"], r["device"]): r["hits"] for r in records}
+    assert all(hits[("a", *key[1:])] == value for key, value in hits.items())
+    assert len({value for key, value in hits.items() if key[:3] == ("a", "mibb", 0.05)}) > 1
+
+
+def test_a_cut_campaign_goes_on_to_the_same_records(images, tmp_path):
+    with RunDir.create(tmp_path / "a", {}) as folder:
+        whole = run(folder, images, [subject("a")])
+    with RunDir.create(tmp_path / "b", {}) as folder:
+        journal = folder.journal(RECORDS)
+        for record in whole[:4]:
+            journal.append(record)
+    with RunDir.open(tmp_path / "b") as folder:
+        assert run(folder, images, [subject("a")]) == whole
+
+
+def test_names_must_tell_models_apart(images, tmp_path):
+    with RunDir.create(tmp_path / "run", {}) as folder, pytest.raises(ValueError, match="two models are called 'a'"):
+        run(folder, images, [subject("a"), subject("a")])

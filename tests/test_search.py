@@ -1,0 +1,172 @@
+"""Algorithm 1 at a tiny scale: what it writes, that it is deterministic, and that a kill does not change it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ftnas.data import DataConfig, load, stratified_split
+from ftnas.faults.hardware import Hardware
+from ftnas.rundir import RunDir
+from ftnas.search import Search, SearchConfig
+from ftnas.space import Genotype
+
+SPACE = {
+    "version": 1,
+    "name": "tiny",
+    "nodes": 3,
+    "primitives": ["none", "skip", "conv_1x1", "relu_conv_bn_3x3"],
+    "cells": 2,
+    "reductions": [1],
+    "channels": 4,
+    "preprocess": "relu_conv_bn_1x1",
+}
+FILES = ("trials.jsonl", "updates.jsonl", "epochs.jsonl", "genotype.json", "ranking.json")
+
+KILLED = """
+import sys
+from test_search import make_search
+from ftnas.rundir import RunDir
+with RunDir.create(sys.argv[2], {}) as run:
+    make_search(sys.argv[1], run.stage("search"), epochs=40).run()
+"""
+
+
+def make_search(space, folder, *, epochs=3, **changes):
+    torch.set_num_threads(1)
+    images = load(DataConfig(name="digits"), "train").subset(torch.arange(160))
+    first, second = stratified_split(images.labels, 0.8, seed=0)
+    settings = {
+        "space": str(space),
+        "epochs": epochs,
+        "warmup_epochs": 1,
+        "weights": {"batch_size": 32, "lr": 0.05, "alpha_l": 0.5, "schedule": {"name": "step", "milestones": [90]}},
+        "controller": {"name": "reinforce", "hidden_units": 8, "lr": 0.01},
+        "controller_steps": 2,
+        "controller_batch": 20,
+        "rollouts": 3,
+        "derive": {"samples": 4, "finalists": 2, "final_draws": 2},
+        **changes,
+    }
+    return Search(
+        SearchConfig.model_validate(settings),
+        hardware=Hardware.model_validate({"fault": {"name": "mibb", "mac_error_rate": 0.003}}),
+        weights_images=images.subset(first),
+        controller_images=images.subset(second),
+        seed=5,
+        folder=folder,
+    )
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    path = tmp_path_factory.mktemp("space") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(SPACE))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(space, tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "run"
+    with RunDir.create(path, {}) as run:
+        search = make_search(space, run.stage("search"))
+        winner = search.run()
+    return search, winner, path / "search"
+
+
+def test_a_search_leaves_what_it_found(whole):
+    search, winner, folder = whole
+    trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+    assert [(t["epoch"], t["update"], t["rollout"]) for t in trials] == [
+        (epoch, epoch * 2 + update, rollout) for epoch in (1, 2) for update in range(2) for rollout in range(3)
+    ]
+    for trial in trials:
+        assert trial["reward"] == pytest.approx(0.5 * trial["clean"] + 0.5 * trial["faulty"])
+        Genotype.from_dict(trial["genotype"]).validate(search.space)
+    ranking = json.loads((folder / "ranking.json").read_text())
+    assert Genotype.load(folder / "genotype.json") == winner == Genotype.from_dict(ranking[0]["genotype"])
+    finals = [entry["final"]["reward"] for entry in ranking if entry["final"]]
+    assert finals == sorted(finals, reverse=True) and len(finals) == 2
+    assert (folder / "tensorboard").is_dir()
+
+
+def test_the_same_seed_gives_the_same_search(space, whole, tmp_path):
+    with RunDir.create(tmp_path / "run", {}) as run:
+        make_search(space, run.stage("search")).run()
+    assert contents(tmp_path / "run" / "search") == contents(whole[2])
+
+
+@pytest.mark.parametrize("controller", ["random", "evolution"])
+def test_other_controllers_share_the_loop(space, tmp_path, controller):
+    config = {"name": controller} | ({"population_size": 4, "sample_size": 2} if controller == "evolution" else {})
+    with RunDir.create(tmp_path / "run", {}) as run:
+        winner = make_search(space, run.stage("search"), epochs=2, controller=config).run()
+    winner.validate(make_search(space, run.stage("other")).space)
+
+
+def test_finalists_can_be_trained_before_the_choice(space, tmp_path):
+    derive = {"samples": 2, "finalists": 2, "final_draws": 1, "train_epochs": 1}
+    with RunDir.create(tmp_path / "run", {}) as run:
+        make_search(space, run.stage("search"), epochs=2, derive=derive).run()
+    assert (tmp_path / "run" / "search" / "finalists" / "1" / "checkpoint.pt").exists()
+
+
+def test_killed_and_resumed_equals_uninterrupted(space, tmp_path):
+    epochs = 40
+    script = [sys.executable, "-c", KILLED, str(space), str(tmp_path / "cut")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    process = subprocess.Popen(script, env=environment, stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / "cut" / "search" / "checkpoint.pt"
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.3)  # into a later epoch, between two checkpoints
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists()
+    assert not (tmp_path / "cut" / "search" / "genotype.json").exists(), "it was over before the kill"
+    with RunDir.open(tmp_path / "cut") as run:
+        make_search(space, run.stage("search"), epochs=epochs).run()
+    with RunDir.create(tmp_path / "whole", {}) as run:
+        make_search(space, run.stage("search"), epochs=epochs).run()
+    assert contents(tmp_path / "cut" / "search") == contents(tmp_path / "whole" / "search")
+
+
+def test_weights_that_diverge_are_an_error(space, tmp_path):
+    weights = {"batch_size": 32, "lr": 1e30, "alpha_l": 0.5, "grad_clip": None}
+    with RunDir.create(tmp_path / "run", {}) as run, pytest.raises(RuntimeError, match="NaN or infinite in search"):
+        make_search(space, run.stage("search"), weights=weights).run()
+
+
+def test_a_collapsed_controller_is_reported(space, tmp_path, capsys):
+    controller = {"name": "reinforce", "hidden_units": 8, "softmax_temperature": 1e-4}
+    with RunDir.create(tmp_path / "run", {}) as run:
+        make_search(space, run.stage("search"), epochs=2, controller=controller).run()
+    events = (tmp_path / "run" / "search" / "events.jsonl").read_text()
+    assert "entropy_collapse" in events
+    assert "stopped exploring" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"warmup_epochs": 3}, "warmup_epochs must be in 0..epochs-1"),
+        ({"split": 1.0}, "split must be above 0 and below 1"),
+        ({"controller": {"name": "reinforced"}}, "did you mean 'reinforce'"),
+        ({"weights": {"batch_size": 4096, "lr": 0.1}}, "is above the 128 images"),
+    ],
+)
+def test_wrong_settings_are_refused(space, tmp_path, changes, message):
+    with RunDir.create(tmp_path / "run", {}) as run, pytest.raises(ValueError, match=message):
+        make_search(space, run.stage("search"), **changes)

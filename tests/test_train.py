@@ -1,0 +1,159 @@
+"""The fault-tolerant loss against its formula, and a fit loop that a kill does not change."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ftnas.data import DataConfig, load
+from ftnas.faults import MiBB
+from ftnas.faults.hardware import Hardware
+from ftnas.rng import isolated
+from ftnas.rundir import RunDir
+from ftnas.train import CHECKPOINT, FaultTolerantLoss, TrainConfig, clean_accuracy, fit, fit_by_rate_protocol
+
+HARDWARE = Hardware(fault=MiBB(mac_error_rate=0.01), layers=None)
+
+
+def small_net():
+    with isolated(0, "net"):
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16, 10),
+        )
+
+
+@pytest.fixture(scope="module")
+def images():
+    digits = load(DataConfig(name="digits"), "train")
+    return digits.subset(torch.arange(128))
+
+
+def recipe(**changes):
+    return TrainConfig(**({"epochs": 3, "batch_size": 32, "lr": 0.05, "alpha_l": 0.5} | changes))
+
+
+def test_loss_is_the_weighted_sum_of_clean_and_faulty(images):
+    model = small_net().train()
+    x, y = next(images.batches(32))
+    with HARDWARE.inject(model, seed=3, errors="soft") as injection:
+        losses = FaultTolerantLoss(model, alpha_l=0.3)(model, injection, x, y)
+    with HARDWARE.with_fault(None).inject(model, seed=3):
+        clean = F.cross_entropy(model(x), y)
+    with HARDWARE.inject(model, seed=3, errors="soft"):
+        faulty = F.cross_entropy(model(x), y)
+    assert torch.equal(losses.clean, clean) and torch.equal(losses.faulty, faulty)
+    assert not torch.equal(clean, faulty)
+    assert torch.allclose(losses.total, 0.7 * clean + 0.3 * faulty)
+
+
+@pytest.mark.parametrize(("which", "moves"), [("both", 2), ("clean", 1), ("faulty", 1)])
+def test_bn_statistics_are_moved_by_the_forward_that_is_named(images, which, moves):
+    model = small_net().train()
+    x, y = next(images.batches(32))
+    with HARDWARE.inject(model, seed=3, errors="soft") as injection:
+        FaultTolerantLoss(model, alpha_l=0.5, bn_statistics=which)(model, injection, x, y)
+    assert int(model[1].num_batches_tracked) == moves
+    reference = small_net().train()
+    if which == "clean":
+        with HARDWARE.with_fault(None).inject(reference, seed=3):
+            reference(x)
+        assert torch.equal(model[1].running_mean, reference[1].running_mean)
+
+
+def test_training_learns_and_a_cut_run_ends_with_the_same_weights(images, tmp_path):
+    whole, cut = small_net(), small_net()
+    config = recipe(epochs=4)
+    with RunDir.create(tmp_path / "a", {}) as run:
+        history = fit(whole, images, config=config, hardware=HARDWARE, seed=1, folder=run)
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert all(record["hits"] > 0 for record in history)
+    with RunDir.create(tmp_path / "b", {}) as run:
+
+        class KilledError(Exception):
+            pass
+
+        steps = iter(range(6))
+
+        def die(module, inputs):
+            if next(steps, None) is None:
+                raise KilledError
+
+        handle = cut.register_forward_pre_hook(die)  # dies inside the first epoch, after some steps
+        with pytest.raises(KilledError):
+            fit(cut, images, config=config, hardware=HARDWARE, seed=1, folder=run)
+        handle.remove()
+        assert not run.file(CHECKPOINT).exists()
+        cut = small_net()
+        fit(cut, images, config=recipe(epochs=4), hardware=HARDWARE, seed=1, folder=run)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, cut.state_dict()[name]), name
+
+
+def test_resume_from_a_checkpoint_equals_an_uninterrupted_run(images, tmp_path):
+    whole, cut = small_net(), small_net()
+    config = recipe(epochs=3)
+    with RunDir.create(tmp_path / "a", {}) as run:
+        fit(whole, images, config=config, hardware=HARDWARE, seed=1, folder=run)
+    with RunDir.create(tmp_path / "b", {}) as run:
+        calls = iter(range(2 * 4 * 2 + 3))  # two epochs of four steps with two forwards, and a bit
+
+        def die(module, inputs):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+
+        handle = cut.register_forward_pre_hook(die)
+        with pytest.raises(KeyboardInterrupt):
+            fit(cut, images, config=config, hardware=HARDWARE, seed=1, folder=run)
+        handle.remove()
+        fresh = small_net()
+        history = fit(fresh, images, config=config, hardware=HARDWARE, seed=1, folder=run)
+    assert [record["epoch"] for record in history] == [0, 1, 2]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, fresh.state_dict()[name]), name
+
+
+def test_rate_protocol_keeps_the_largest_rate_that_passes(images, tmp_path):
+    split = (torch.arange(96), torch.arange(96, 128))
+    for threshold, kept in ((0.0, 0.02), (0.999, 0.001)):
+        config = recipe(epochs=1, rate_protocol=(0.001, 0.02), rate_threshold=threshold)
+        with RunDir.create(tmp_path / str(threshold), {}) as run:
+            _, hardware = fit_by_rate_protocol(
+                small_net, images, config=config, hardware=HARDWARE, split=split, seed=0, folder=run
+            )
+        assert hardware.fault.mac_error_rate == kept
+
+
+def test_clean_accuracy_keeps_mode_and_statistics(images):
+    model = small_net().train()
+    before = model[1].running_mean.clone()
+    accuracy = clean_accuracy(model, images, hardware=HARDWARE, batch_size=64)
+    assert 0.0 <= accuracy <= 1.0 and model.training
+    assert torch.equal(before, model[1].running_mean)
+
+
+def test_a_diverging_loss_is_an_error(images, tmp_path):
+    with RunDir.create(tmp_path / "run", {}) as run, pytest.raises(RuntimeError, match="NaN or infinite in epoch 0"):
+        fit(small_net(), images, config=recipe(lr=1e30, grad_clip=None), hardware=HARDWARE, seed=0, folder=run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha_l": 0.0, "mask_gradients": True}, "no effect"),
+        ({"alpha_l": 1.5}, "less than or equal to 1"),
+        ({"rate_protocol": ()}, "at least one rate"),
+    ],
+)
+def test_settings_without_effect_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(**changes)
+
+
+def test_faulty_loss_needs_a_fault(images, tmp_path):
+    with RunDir.create(tmp_path / "run", {}) as run, pytest.raises(ValueError, match="there is no fault model"):
+        fit(small_net(), images, config=recipe(), hardware=Hardware(), seed=0, folder=run)

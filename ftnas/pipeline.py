@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -111,7 +112,7 @@ class Pipeline:
     def stages(self) -> list[tuple[str, Callable[[], object]]]:
         """Return the stages that the config asks for, in order."""
         stages: list[tuple[str, Callable[[], object]]] = [
-            (which, lambda which=which: self.search(which)) for which in SEARCHES if getattr(self.config, which)
+            (which, partial(self.search, which)) for which in SEARCHES if getattr(self.config, which)
         ]
         if self.config.train is not None:
             stages.append(("train", self.train))
@@ -191,7 +192,7 @@ class Pipeline:
                 continue
             network = _from_factory(given, num_classes=len(images.classes), in_channels=images.shape[0])
             size = count(network, images.shape)
-            yield Subject(name, 0, "given", size, lambda network=network: network.to(self.device).eval())
+            yield Subject(name, 0, "given", size, network.to(self.device).eval)
 
     def _subject(self, name: str, path: Path, *, allow_factory: bool, train_seed: int | None = None) -> Subject:
         network, metadata = load_model(path, allow_factory=allow_factory)

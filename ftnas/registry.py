@@ -45,7 +45,7 @@ class Registry(Generic[T]):
         if ":" in name:
             if not allow_import:
                 raise ValueError(f"{self.kind} {name!r}: names to import are accepted from a config only")
-            return import_name(name, self.kind)  # type: ignore[no-any-return]
+            return import_name(name, self.kind)
         raise ValueError(f"unknown {self.kind} {name!r}; {did_you_mean(name, self._entries)}")
 
     def names(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -198,7 +199,7 @@ class Search:
 
         def forward(images: Tensor) -> Tensor:
             stream = generator(self._seed, "dropout", step, device=images.device)
-            return self.supernet(images, genotype, dropout_generator=stream)  # type: ignore[no-any-return]
+            return self.supernet(images, genotype, dropout_generator=stream)
 
         return forward
 
@@ -215,7 +216,7 @@ class Search:
                 for genotype in genotypes:
                     if genotype not in scores:  # the same weights, images and draws would give the same score
                         scores[genotype] = score(
-                            lambda images, chosen=genotype: self.supernet(images, chosen),
+                            partial(self.supernet, genotype=genotype),
                             injection,
                             [batch],
                             alpha_r=self.config.alpha_r,

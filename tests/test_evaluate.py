@@ -37,7 +37,7 @@ def test_reward_is_the_weighted_sum_of_accuracies(alpha):
     assert result.clean == pytest.approx(float(torch.cat(clean).mean()))
     if alpha:
         assert result.faulty == pytest.approx(float(torch.cat(faulty).mean()))
-        assert result.faulty != result.clean
+        assert injection.record.hits > 0
     assert result.reward == pytest.approx((1 - alpha) * result.clean + alpha * result.faulty)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 from ftnas.data import AugmentConfig, ImageSet
 from ftnas.evaluate import Forward, correct_predictions
@@ -69,7 +69,9 @@ class SgdConfig(Settings):
     def scheduler(self, optimizer: torch.optim.Optimizer, epochs: int) -> LRScheduler:
         """Return the schedule of an optimizer, moved once per epoch."""
         if isinstance(self.schedule, StepSchedule):
-            return MultiStepLR(optimizer, list(self.schedule.milestones), self.schedule.decay)
+            # MultiStepLR does the same, but its state holds a Counter, which no safe checkpoint can
+            step = self.schedule
+            return LambdaLR(optimizer, lambda done: step.decay ** sum(done >= mark for mark in step.milestones))
         return CosineAnnealingLR(optimizer, epochs, self.schedule.final_lr)
 
 

@@ -219,7 +219,7 @@ def test_mistakes_in_files_lose_nothing(tmp_path, finished, monkeypatch, capsys)
 
 def test_a_training_killed_by_signal_9_is_resumed(tmp_path):
     run = tmp_path / "run"
-    changes = [*TRAIN, "campaign=null", "train.recipe.epochs=60"]
+    changes = [*TRAIN, "campaign=null", "train.recipe.epochs=12"]
     command = [sys.executable, "-m", "ftnas.cli", "train", "quickstart", *changes, "--out", str(run)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     checkpoint = run / "train" / "net" / "seed-0" / "checkpoint.pt"
@@ -231,4 +231,4 @@ def test_a_training_killed_by_signal_9_is_resumed(tmp_path):
     assert checkpoint.exists() and not (run / "train" / "model.pt").exists()
     assert ftnas("train", "--resume", run) == 0
     history = [json.loads(line) for line in (checkpoint.parent / "epochs.jsonl").read_text().splitlines()]
-    assert [record["epoch"] for record in history] == list(range(60))
+    assert [record["epoch"] for record in history] == list(range(12))

@@ -139,7 +139,7 @@ MISTAKES = {
         ["train", "quickstart", *TRAIN, "hardware.layers=conv3d"],
         "matches no layer",
     ),
-    "batch above the set": (["train", "quickstart", *TRAIN, "train.recipe.batch_size=5000"], "is above the 1437"),
+    "batch above the set": (["train", "quickstart", *TRAIN, "train.recipe.batch_size=5000"], "is above the 1438"),
     "missing data": (
         ["train", "quickstart", *TRAIN, "data={name: cifar10, root: /nonexistent}"],
         "data.download=true",

@@ -43,20 +43,20 @@ def genotypes(space: Space, count: int, *labels) -> list[Genotype]:
 
 
 @pytest.mark.parametrize(
-    ("name", "nodes", "num_primitives", "cells", "reductions", "channels", "preprocess"),
+    ("name", "nodes", "num_primitives", "cells", "reductions", "channels", "stem", "preprocess"),
     [
-        ("ftt-features", 6, 11, 8, (2, 5), 20, "relu_conv_bn_1x1"),
-        ("ftt-features-4", 6, 4, 8, (2, 5), 20, "relu_conv_bn_1x1"),
-        ("ftt-weights", 6, 11, 8, (2, 5), 20, "relu_conv_bn_3x3"),
-        ("small-8x8", 5, 10, 3, (1,), 8, "relu_conv_bn_1x1"),
+        ("ftt-features", 6, 11, 8, (2, 5), 20, 3, "relu_conv_bn_1x1"),
+        ("ftt-features-4", 6, 4, 8, (2, 5), 20, 3, "relu_conv_bn_1x1"),
+        ("ftt-weights", 6, 11, 8, (2, 5), 20, 3, "relu_conv_bn_3x3"),
+        ("small-8x8", 4, 6, 3, (1,), 8, 1, "relu_conv_bn_1x1"),
     ],
 )
-def test_shipped_spaces(name, nodes, num_primitives, cells, reductions, channels, preprocess):
+def test_shipped_spaces(name, nodes, num_primitives, cells, reductions, channels, stem, preprocess):
     space = load_space(name)
     assert space.name == name
     assert (space.nodes, len(space.primitives), space.cells) == (nodes, num_primitives, cells)
     assert (space.reductions, space.channels, space.preprocess) == (reductions, channels, preprocess)
-    assert space.stem.multiplier == 3 and space.channel_growth == 2
+    assert (space.stem.multiplier, space.channel_growth) == (stem, 2)
 
 
 def test_every_shipped_space_and_genotype_loads():

@@ -12,7 +12,7 @@ from ftnas.progress import say, track
 from ftnas.rng import isolated, seed_for
 from ftnas.rundir import Folder
 from ftnas.settings import Count, Settings
-from ftnas.space import Genotype, Supernet, build_network
+from ftnas.space import Genotype, Space, Supernet, build_network
 from ftnas.train import SgdConfig, TrainConfig, fit
 
 WINNER = "genotype.json"
@@ -92,7 +92,7 @@ def derive(
         finals.append((genotype, first, final))
     finals.sort(key=lambda entry: -entry[2].reward)
     winner = finals[0][0]
-    _tell_degenerate(winner, folder)
+    _tell_degenerate(winner, supernet.space, folder)
     rest = [(genotype, first, None) for genotype, first in ranked[config.finalists :]]
     folder.write_json(RANKING, [_entry(*entry) for entry in [*finals, *rest]])
     winner.save(folder.file(WINNER))
@@ -155,11 +155,16 @@ def _trained(
     return model
 
 
-def _tell_degenerate(winner: Genotype, folder: Folder) -> None:
+def _tell_degenerate(winner: Genotype, space: Space, folder: Folder) -> None:
     cells = winner.only_skips_and_nones()
     if cells:
         say(f"warning: the {' and the '.join(cells)} cell of the winner holds only skips and nones")
         folder.events("degenerate_winner", cells=list(cells))
+    unread = winner.unread_cells(space)
+    if unread:
+        numbers = ", ".join(map(str, unread))
+        say(f"note: nothing reads cell {numbers} of the winner; it is built and counted, and does not change the answer")
+        folder.events("unread_cells", cells=unread)
 
 
 def _entry(genotype: Genotype, first: Score, final: Score | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path as Outline
@@ -369,6 +370,14 @@ def save(figure: Figure, path: str | Path) -> list[Path]:
             written.append(Path(f"{path}.{suffix}"))
             atomic_write(written[-1], buffer.getvalue())
     return written
+
+
+def pixels(figure: Figure, *, dpi: int = 80) -> np.ndarray:
+    """Return a figure as an image, uint8 [height, width, 3]."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _bare(axes: Axes) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import model_validator
@@ -15,6 +15,7 @@ from ftnas.data import ImageSet
 from ftnas.derive import DeriveConfig, derive
 from ftnas.evaluate import score
 from ftnas.faults.hardware import Hardware
+from ftnas.plots import draw_genotype, pixels
 from ftnas.progress import say, track
 from ftnas.rng import generator, isolated, seed_for
 from ftnas.rundir import Folder
@@ -22,9 +23,14 @@ from ftnas.settings import Count, Rate, Settings
 from ftnas.space import Genotype, Space, Supernet, load_space
 from ftnas.train import CHECKPOINT, FaultTolerantLoss, SgdConfig, check_alpha, descend, finite_means
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 TRIALS = "trials.jsonl"
 UPDATES = "updates.jsonl"
 EPOCHS = "epochs.jsonl"
+PICTURES = 10
+"""Genotypes that a search draws for TensorBoard along the way, the winner not counted."""
 COLLAPSED = 0.05
 """Relative entropy of the controller under which it has all but stopped exploring."""
 
@@ -69,6 +75,10 @@ class SearchConfig(Settings):
         if not 0.0 < self.split < 1.0:
             raise ValueError(f"split must be above 0 and below 1, so that both parts have images, got {self.split:g}")
         return self
+
+
+def _draw(board: SummaryWriter, tag: str, genotype: Genotype, epoch: int) -> None:
+    board.add_image(tag, pixels(draw_genotype(genotype.to_dict(), title=f"epoch {epoch}")), epoch, dataformats="HWC")
 
 
 def _reward_text(record: dict[str, Any]) -> str:
@@ -135,6 +145,7 @@ class Search:
         self._batch = config.controller_batch or config.weights.batch_size
         self._passes = -(-controller_images.num_images // self._batch)
         self._num_updates = config.controller_steps or self._passes
+        self._best: Genotype | None = None  # of the last controller epoch
 
     def run(self) -> Genotype:
         """Search, derive and return the winner; what is done already is not done again."""
@@ -149,9 +160,11 @@ class Search:
                 self._folder.journal(EPOCHS).append(record)
                 for name, value in record.items():
                     board.add_scalar(name if "/" in name else f"weights/{name}", value, epoch)
+                if self._best is not None and (epoch + 1) % max(1, self.config.epochs // PICTURES) == 0:
+                    _draw(board, "genotype/best of the epoch", self._best, epoch)
                 self._save(epoch + 1)
                 progress.advance(f"loss {record['loss']:.3f}  {_reward_text(record)}")
-        return derive(
+        winner = derive(
             self.controller,
             self.supernet,
             config=self.config.derive,
@@ -165,6 +178,8 @@ class Search:
             folder=self._folder,
             title=self._title,
         )
+        _draw(board, "genotype/winner", winner, self.config.epochs)
+        return winner
 
     def _weights_epoch(self, epoch: int) -> dict[str, Any]:
         """Train the shared weights for one pass over their split (lines 6-13)."""
@@ -208,6 +223,7 @@ class Search:
         trials, updates = self._folder.journal(TRIALS), self._folder.journal(UPDATES)
         self.supernet.eval()
         sums: dict[str, float] = {}
+        best = -1.0
         with self.hardware.inject(self.supernet, seed=seed_for(self._seed, "rewards"), errors="soft") as injection:
             for index, batch in enumerate(self._reward_batches(epoch)):
                 update = epoch * self._num_updates + index
@@ -226,6 +242,8 @@ class Search:
                 told = self.controller.tell(genotypes, [scores[genotype].reward for genotype in genotypes])
                 for rollout, genotype in enumerate(genotypes):
                     result = scores[genotype]
+                    if result.reward > best:
+                        best, self._best = result.reward, genotype
                     trials.append(
                         {
                             "epoch": epoch,

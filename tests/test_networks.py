@@ -23,7 +23,10 @@ def all_of(space: Space, *rows) -> Genotype:
 
 
 def small(**changes) -> Space:
-    return parse(Space, {**load_space("small-8x8").model_dump(), "channels": 4, **changes})
+    """A space of 8x8 images, narrow, with the paper's ten feature-fault primitives that fit such maps."""
+    primitives = [name for name in load_space("ftt-features").primitives if name != "dil_conv_5x5"]
+    own = {"name": "small", "nodes": 5, "primitives": primitives, "stem": {"multiplier": 3}, "channels": 4}
+    return parse(Space, {**load_space("small-8x8").model_dump(), **own, **changes})
 
 
 def make_supernet(space: Space, *, dropout: float = 0.0, in_channels: int = 1) -> Supernet:
@@ -376,3 +379,19 @@ def test_own_primitive_that_does_not_fit(own_module, name, rule):
     with pytest.raises(ValueError, match=rule) as error:
         load_space(path)
     assert "\n" not in str(error.value)
+
+
+def test_unread_cells_are_those_that_no_gradient_reaches():
+    space = small(nodes=3, cells=4, reductions=[1, 2])
+    found = set()
+    for seed in range(40):
+        genotype = Genotype.random(space, generator=rng.generator(seed, "unread"))
+        network = build_network(genotype, space, num_classes=10, in_channels=1)
+        outputs = []
+        for cell in network.cells:
+            cell.register_forward_hook(lambda _, __, output: outputs.append(output))
+        needed = torch.autograd.grad(network(images()).sum(), outputs, allow_unused=True)
+        unread = [number for number, gradient in enumerate(needed) if gradient is None]
+        assert genotype.unread_cells(space) == unread
+        found |= set(unread)
+    assert found == {0, 1, 2}, "the genotypes drawn are too much alike"

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ftnas.controllers import RandomConfig, RandomController
 from ftnas.data import DataConfig, load, stratified_split
 from ftnas.faults.hardware import Hardware
 from ftnas.rundir import RunDir
@@ -98,7 +100,17 @@ def test_a_search_leaves_what_it_found(whole):
     assert Genotype.load(folder / "genotype.json") == winner == Genotype.from_dict(ranking[0]["genotype"])
     finals = [entry["final"]["reward"] for entry in ranking if entry["final"]]
     assert finals == sorted(finals, reverse=True) and len(finals) == 2
-    assert (folder / "tensorboard").is_dir()
+
+
+def test_tensorboard_shows_losses_rewards_and_genotypes(whole):
+    events = EventAccumulator(str(whole[2] / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"weights/loss", "weights/faulty_loss", "controller/reward", "controller/entropy"} <= set(tags["scalars"])
+    assert set(tags["images"]) == {"genotype/best of the epoch", "genotype/winner"}
+    assert [image.step for image in events.Images("genotype/best of the epoch")] == [1, 2]  # epoch 0 is the warm-up
+    picture = events.Images("genotype/winner")[0]
+    assert picture.width > 200 and picture.height > 80
 
 
 def test_the_same_seed_gives_the_same_search(space, whole, tmp_path):
@@ -156,6 +168,20 @@ def test_a_collapsed_controller_is_reported(space, tmp_path, capsys):
     events = (tmp_path / "run" / "search" / "events.jsonl").read_text()
     assert "entropy_collapse" in events
     assert "stopped exploring" in capsys.readouterr().err
+
+
+def test_cells_that_nothing_reads_are_reported(space, tmp_path, capsys):
+    class FirstInputOnly(RandomController):
+        def ask(self, num):
+            cell = {"2": [["conv_1x1", 0], ["skip", 0]]}
+            return [Genotype.from_dict({"version": 1, "space": "tiny", "normal": cell, "reduce": cell})] * num
+
+    with RunDir.create(tmp_path / "run", {}) as run:
+        search = make_search(space, run.stage("search"), epochs=2)
+        search.controller = FirstInputOnly(RandomConfig(), search.space, seed=0)
+        search.run()
+    assert "nothing reads cell 0 of the winner" in capsys.readouterr().err
+    assert '"kind":"unread_cells","cells":[0]' in (tmp_path / "run" / "search" / "events.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,20 @@ class Genotype:
         """Return the types of the cells that compute nothing, for a search to report."""
         return [cell_type for cell_type, cell in self.items if all(edge.op in (NONE, SKIP) for _, edge in _edges(cell))]
 
+    def unread_cells(self, space: Space) -> list[int]:
+        """Return the numbers of the space's cells whose output reaches no classifier, for a search to report.
+
+        Cell i reads node 0 from the output of cell i - 2 and node 1 from that of cell i - 1, so that e.g. a normal cell
+        without a path from node 1 leaves the cell before it unread.
+        """
+        reads = {cell_type: {edge.source for _, edge in _edges(cell) if edge.op != NONE} for cell_type, cell in self.items}
+        types = [plan.cell_type for plan in space.layout()]
+        read = {len(types) - 1}
+        for number in reversed(range(len(types))):
+            if number in read:
+                read |= {number - NUM_INPUTS + source for source in reads[types[number]] if source < NUM_INPUTS}
+        return [number for number in range(len(types)) if number not in read]
+
     def describe(self) -> str:
         """Return one line for each inner node, e.g. ``normal n2 = skip(0) + sep_conv_3x3(1)``."""
         return "\n".join(

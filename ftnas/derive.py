@@ -163,7 +163,7 @@ def _tell_degenerate(winner: Genotype, space: Space, folder: Folder) -> None:
     unread = winner.unread_cells(space)
     if unread:
         numbers = ", ".join(map(str, unread))
-        say(f"note: nothing reads cell {numbers} of the winner; it is built and counted, and does not change the answer")
+        say(f"note: nothing reads cell {numbers} of the winner: built and counted, without effect on the answer")
         folder.events("unread_cells", cells=unread)
 
 

@@ -387,9 +387,9 @@ def test_unread_cells_are_those_that_no_gradient_reaches():
     for seed in range(40):
         genotype = Genotype.random(space, generator=rng.generator(seed, "unread"))
         network = build_network(genotype, space, num_classes=10, in_channels=1)
-        outputs = []
+        outputs: list[torch.Tensor] = []
         for cell in network.cells:
-            cell.register_forward_hook(lambda _, __, output: outputs.append(output))
+            cell.register_forward_hook(lambda _, __, output, outputs=outputs: outputs.append(output))
         needed = torch.autograd.grad(network(images()).sum(), outputs, allow_unused=True)
         unread = [number for number, gradient in enumerate(needed) if gradient is None]
         assert genotype.unread_cells(space) == unread

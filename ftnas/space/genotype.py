@@ -243,7 +243,7 @@ class Genotype:
         Cell i reads node 0 from the output of cell i - 2 and node 1 from that of cell i - 1, so that e.g. a normal cell
         without a path from node 1 leaves the cell before it unread.
         """
-        reads = {cell_type: {edge.source for _, edge in _edges(cell) if edge.op != NONE} for cell_type, cell in self.items}
+        reads = {name: {edge.source for _, edge in _edges(cell) if edge.op != NONE} for name, cell in self.items}
         types = [plan.cell_type for plan in space.layout()]
         read = {len(types) - 1}
         for number in reversed(range(len(types))):

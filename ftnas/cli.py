@@ -159,7 +159,7 @@ def _report(run: Path) -> None:
 @cli.command("baselines")
 def baselines_command() -> None:
     """List the baseline networks, with their size at 32x32 and 10 classes."""
-    from ftnas.listing import list_baselines
+    from ftnas.sizes import list_baselines
 
     list_baselines()
 

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from ftnas import rng
 from ftnas.augment import NUM_DRAWS, AugmentConfig, crop_and_flip, cutout_
 from ftnas.datasets import SOURCES, DataConfig, Source, Split, read_source, stratified_split
-from ftnas.images import Images, Shape, check_files, first_shape, load_pixels, progress, usable_cores
+from ftnas.images import PROGRESS_AFTER_S, Images, Shape, check_files, first_shape, load_pixels, usable_cores
+from ftnas.progress import track
 
 __all__ = ["SOURCES", "AugmentConfig", "DataConfig", "ImageSet", "Source", "load", "stratified_split"]
 
@@ -98,10 +99,10 @@ class ImageSet:
         """
         digest = hashlib.sha256(repr((self.shape, self.classes, self.num_images)).encode())
         digest.update(self.labels.numpy().tobytes())
-        with progress(self.num_images, "Digest of the images") as advance:
+        with track("digest of the images", self.num_images, after_s=PROGRESS_AFTER_S) as bar:
             for pixels in self._pixel_batches(torch.arange(self.num_images).split(PASS_BATCH)):
                 digest.update(pixels.cpu().numpy().tobytes())
-                advance(len(pixels))
+                bar.advance(num=len(pixels))
         return digest.hexdigest()
 
     def subset(self, indices: Tensor | Sequence[int]) -> ImageSet:
@@ -228,11 +229,11 @@ class ImageSet:
         if not self.held and self.num_images > STATISTICS_SAMPLE:
             indices = torch.arange(STATISTICS_SAMPLE) * self.num_images // STATISTICS_SAMPLE
         counts = torch.zeros(self.shape[0], 256, dtype=torch.int64)
-        with progress(len(indices), "Mean and standard deviation") as advance:
+        with track("mean and standard deviation", len(indices), after_s=PROGRESS_AFTER_S) as bar:
             for pixels in self._pixel_batches(indices.split(PASS_BATCH)):
                 for channel in range(self.shape[0]):
                     counts[channel] += torch.bincount(pixels[:, channel].flatten(), minlength=256)
-                advance(len(pixels))
+                bar.advance(num=len(pixels))
         values = torch.arange(256, dtype=torch.float64) / 255
         share = counts.double() / counts.sum(1, keepdim=True)
         mean = share @ values

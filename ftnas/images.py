@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
+
+from ftnas.progress import track
 
 Shape = tuple[int, int, int]
 
@@ -206,11 +203,11 @@ def for_each(work: Callable[[int], object], num: int, *, skip: bool, what: str) 
 
     chunks = [range(start, min(start + CHUNK, num)) for start in range(0, num, CHUNK)]
     found: dict[int, str] = {}
-    with progress(num, what) as advance, ThreadPoolExecutor(usable_cores()) as pool:
+    with track(what, num, after_s=PROGRESS_AFTER_S) as bar, ThreadPoolExecutor(usable_cores()) as pool:
         try:
             for chunk, problems in zip(chunks, pool.map(run, chunks), strict=True):
                 found.update(problems)
-                advance(len(chunk))
+                bar.advance(num=len(chunk))
         finally:
             pool.shutdown(cancel_futures=True)
     return found
@@ -219,28 +216,6 @@ def for_each(work: Callable[[int], object], num: int, *, skip: bool, what: str) 
 def usable_cores() -> int:
     """Return how many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Yield ``advance(n)``; a bar appears on a terminal's stderr once the work has taken two seconds."""
-    start = time.monotonic()
-    bar = Progress(console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty())
-    task = bar.add_task(what, total=total)
-    shown = False
-
-    def advance(num: int) -> None:
-        nonlocal shown
-        bar.advance(task, num)
-        if not shown and time.monotonic() - start > PROGRESS_AFTER_S:
-            shown = True
-            bar.start()
-
-    try:
-        yield advance
-    finally:
-        if shown:
-            bar.stop()
 
 
 def _unreadable(path: str, reason: str) -> UnreadableImageError:

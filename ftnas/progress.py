@@ -18,31 +18,43 @@ console = Console(stderr=True, highlight=False)
 class Tracker:
     """Counts finished units of one piece of work."""
 
-    def __init__(self, description: str, total: int, done: int, bar: Progress | None) -> None:
+    def __init__(self, description: str, total: int, *, done: int, after_s: float, bar: Progress | None) -> None:
         self._description = description
         self._total = total
         self._first = self._done = done
+        self._after_s = after_s
         self._bar = bar
         self._task = bar.add_task(description, total=total, completed=done, status="") if bar is not None else None
         self._begun = self._said = time.monotonic()
 
-    def advance(self, status: str = "") -> None:
-        """Count one more unit; ``status`` is shown beside the bar."""
-        self._done += 1
+    def advance(self, status: str = "", *, num: int = 1) -> None:
+        """Count ``num`` more units; ``status`` is shown beside the bar."""
+        self._done += num
+        now = time.monotonic()
+        if now - self._begun < self._after_s:
+            return
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, status=status)
-        elif time.monotonic() - self._said > LINE_EVERY_S or self._done == self._total:
-            self._said = time.monotonic()
-            left = (self._said - self._begun) / (self._done - self._first) * (self._total - self._done)
+            self._bar.start()
+        elif now - self._said > LINE_EVERY_S or self._done == self._total:
+            self._said = now
+            left = (now - self._begun) / (self._done - self._first) * (self._total - self._done)
             ahead = f", about {left:.0f} s left" if self._done < self._total else ""
             console.print(f"{self._description}: {self._done}/{self._total}{ahead}  {status}", soft_wrap=True)
 
 
 @contextmanager
-def track(description: str, total: int, *, done: int = 0) -> Iterator[Tracker]:
-    """Show progress of ``total`` units while the body runs; ``done`` of them are done already (a resumed run)."""
+def track(description: str, total: int, *, done: int = 0, after_s: float = 0.0) -> Iterator[Tracker]:
+    """Show progress of ``total`` units while the body runs.
+
+    Args:
+        description: What is counted.
+        total: Number of units.
+        done: Of them done already (a resumed run).
+        after_s: Work that takes fewer seconds shows nothing.
+    """
     if not console.is_terminal:
-        yield Tracker(description, total, done, None)
+        yield Tracker(description, total, done=done, after_s=after_s, bar=None)
         return
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -52,8 +64,13 @@ def track(description: str, total: int, *, done: int = 0) -> Iterator[Tracker]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
     )
-    with Progress(*columns, console=console) as bar:
-        yield Tracker(description, total, done, bar)
+    bar = Progress(*columns, console=console)
+    if after_s == 0.0:
+        bar.start()
+    try:
+        yield Tracker(description, total, done=done, after_s=after_s, bar=bar)
+    finally:
+        bar.stop()
 
 
 def say(message: str) -> None:

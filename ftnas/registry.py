@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ftnas.settings import did_you_mean
 
@@ -59,7 +59,7 @@ class Registry(Generic[T]):
         return iter(self._entries)
 
 
-def import_name(name: str, kind: str = "object"):  # type: ignore[no-untyped-def]
+def import_name(name: str, kind: str = "object") -> Any:
     """Import ``package.module:Name`` and return it; a ValueError says which half is missing."""
     module_name, _, attribute = name.partition(":")
     try:

@@ -176,6 +176,8 @@ def _draw(report: Report, folder: Path) -> dict[str, Markup]:
         label = f"Cells that the {_STAGES[stage]} found"
         figures[f"cells:{stage}"] = plots.draw_genotype(genotype), label
     for stage, (trials, updates) in report.searches.items():
+        if len({trial.get("update") for trial in trials}) < 2:
+            continue  # a control that scores its candidates at the end has no history
         label = f"Rewards of the {_STAGES[stage]} over its steps"
         figures[f"search:{stage}"] = plots.search_history(trials, updates=updates, title=_STAGES[stage]), label
     drawn = {}

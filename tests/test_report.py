@@ -365,3 +365,12 @@ def test_same_records_same_bytes(tmp_path: Path) -> None:
         files.append({file.name: file.read_bytes() for file in (path / "report").iterdir()})
     assert files[0] == files[1]
     assert differences_to_csv(build_report(tmp_path / "a" / "run")).encode() == files[0]["differences.csv"]
+
+
+def test_a_search_of_one_step_has_no_history_picture(tmp_path):
+    run = whole_run(tmp_path / "run")
+    trials = run / "control" / "trials.jsonl"
+    trials.write_text(trials.read_text().splitlines(keepends=True)[0])
+    page = make_report(run, console=Console(file=io.StringIO())).path / "report" / "report.html"
+    assert "The random control scored its candidates at the end" in page.read_text()
+    assert not (run / "report" / "search-control.png").exists() and (run / "report" / "search.png").exists()

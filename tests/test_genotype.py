@@ -48,6 +48,7 @@ def genotypes(space: Space, count: int, *labels) -> list[Genotype]:
         ("ftt-features", 6, 11, 8, (2, 5), 20, 3, "relu_conv_bn_1x1"),
         ("ftt-features-4", 6, 4, 8, (2, 5), 20, 3, "relu_conv_bn_1x1"),
         ("ftt-weights", 6, 11, 8, (2, 5), 20, 3, "relu_conv_bn_3x3"),
+        ("small-16x16", 4, 6, 3, (1,), 12, 1, "relu_conv_bn_1x1"),
         ("small-8x8", 4, 6, 3, (1,), 8, 1, "relu_conv_bn_1x1"),
     ],
 )
@@ -60,7 +61,7 @@ def test_shipped_spaces(name, nodes, num_primitives, cells, reductions, channels
 
 
 def test_every_shipped_space_and_genotype_loads():
-    assert space_names() == ["ftt-features", "ftt-features-4", "ftt-weights", "small-8x8"]
+    assert space_names() == ["ftt-features", "ftt-features-4", "ftt-weights", "small-16x16", "small-8x8"]
     for name in space_names():
         assert load_space(name) == load_space(shipped_folder("search_spaces") / f"{name}.yaml")
     for name in genotype_names():

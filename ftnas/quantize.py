@@ -116,6 +116,26 @@ class FixedPoint(Settings):
         return straight_through(x, lambda values, need: _rounded(values, self.grid(values), need))
 
 
+class FloatFormat(Settings):
+    """A floating-point format that a memory holds values in: IEEE-754 single or half, or bfloat16."""
+
+    dtype: Literal["fp32", "fp16", "bf16"]
+
+    @property
+    def bits(self) -> int:
+        """Word width."""
+        return 32 if self.dtype == "fp32" else 16
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The same as a torch dtype."""
+        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.dtype]
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Return a fresh tensor of the values that the memory holds, in the dtype of x; any shape."""
+        return x.clone() if x.dtype == self.torch_dtype else x.to(self.torch_dtype).to(x.dtype)
+
+
 class Quantization(Settings):
     """The formats of weights and of features."""
 

@@ -15,7 +15,7 @@ from ftnas.quantize import FixedPoint
 
 def points(model, *shape):
     found = trace_feature_points(model, (torch.randn(*shape),), {})
-    return {f"{layer}#{call}": f"{point}#{index}" for (layer, call), (point, index) in found.items()}
+    return {f"{layer}#{call}": f"{point}#{index}" for (layer, call), (point, index) in found.points.items()}
 
 
 class Reversed(nn.Module):

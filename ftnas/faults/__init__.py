@@ -1,19 +1,36 @@
 """Fault models, and `inject`, which puts them into any ``nn.Module``."""
 
-from ftnas.faults.base import FAULTS, Fault, Plan, Site, create_fault
-from ftnas.faults.feature import MiBB
+from ftnas.faults.base import FAULTS, Fault, Plan, Site, Where, create_fault
+from ftnas.faults.bitflip import WeightBitFlip
+from ftnas.faults.changes import Change
+from ftnas.faults.defects import DefectMap
+from ftnas.faults.feature import FeatureBitFlip, MiBB
 from ftnas.faults.inject import Injection, InjectionRecord, inject
-from ftnas.faults.weight import AdSAF
+from ftnas.faults.neuron import NeuronByzantine, NeuronCrash
+from ftnas.faults.plans import PlanSet
+from ftnas.faults.stuck import AdSAF, BitAdSAF
+from ftnas.faults.variation import LogNormalVariation, ReciprocalNormalVariation
 
 __all__ = [
     "FAULTS",
     "AdSAF",
+    "BitAdSAF",
+    "Change",
+    "DefectMap",
     "Fault",
+    "FeatureBitFlip",
     "Injection",
     "InjectionRecord",
+    "LogNormalVariation",
     "MiBB",
+    "NeuronByzantine",
+    "NeuronCrash",
     "Plan",
+    "PlanSet",
+    "ReciprocalNormalVariation",
     "Site",
+    "Where",
+    "WeightBitFlip",
     "create_fault",
     "inject",
 ]

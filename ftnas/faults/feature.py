@@ -1,15 +1,18 @@
-"""Faults of features: what leaves a convolution or linear layer."""
+"""Soft errors of features: in the arithmetic that makes them, and in the buffer that holds them."""
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from ftnas.faults.base import FAULTS, Fault, Plan, Site, add_at_, positions, storage
-from ftnas.faults.sampling import bernoulli_sites, random_integers
+from ftnas.faults.base import FAULTS, Fault, Plan, Site
+from ftnas.faults.bitflip import bit_rows, flip_fixed_, sample_flips
+from ftnas.faults.memory import add_at_, positions, storage
+from ftnas.faults.sampling import bernoulli_sites, persisting, random_integers
 from ftnas.quantize import Grid
 from ftnas.settings import Rate
 
@@ -18,7 +21,7 @@ from ftnas.settings import Rate
 class MiBB(Fault):
     """MAC-i.i.d. bit-bias (FTT-NAS eq. 8): soft errors in the look-up tables of an FPGA's adders.
 
-    A feature value is hit with probability p = 1 - (1 - p_m)^(M_l) and becomes
+    A feature value is hit with probability p = 1 - (1 - M_p p_m)^(M_l) and becomes
     clamp(f + (-1)^beta * 2^(alpha - l)), alpha uniform in {0, ..., bits - 1}, beta uniform in {0, 1}.
 
     Attributes:
@@ -31,21 +34,32 @@ class MiBB(Fault):
     target: ClassVar[Literal["weight", "feature"]] = "feature"
     rate_name: ClassVar[str] = "mac_error_rate"
 
+    @model_validator(mode="after")
+    def _persisting(self) -> MiBB:
+        persisting(self.mac_error_rate, self.persistence)
+        return self
+
     def probability(self, macs: int) -> float:
         """Return the probability that a value made of ``macs`` multiply-accumulates is hit."""
-        if self.mac_error_rate >= 1.0:
-            return 1.0
-        return -math.expm1(macs * math.log1p(-self.mac_error_rate))
+        rate = persisting(self.mac_error_rate, self.persistence)
+        return 1.0 if rate >= 1.0 else -math.expm1(macs * math.log1p(-rate))
 
     def sample(self, site: Site, *, generator: torch.Generator) -> Plan:
         """Draw the faults of a feature tensor; code c means alpha = c // 2 and beta = c % 2."""
         if site.bits is None:
             raise ValueError("mibb needs fixed-point features: give a quantization")
-        population = math.prod(site.shape)
         rate = self.probability(site.macs)
-        sites = bernoulli_sites(population, rate, generator=generator)
+        sites = bernoulli_sites(site.num_values, rate, generator=generator)
         codes = random_integers(2 * site.bits, len(sites), generator=generator)
-        return Plan(sites, codes, population, rate, site.shape)
+        return Plan(sites, codes, site.num_values, rate, site.shape)
+
+    def num_bits(self, site: Site) -> int:
+        """Return the number of bits that can be hit."""
+        return site.word_bits
+
+    def bits_hit(self, plan: Plan) -> Tensor:
+        """Return alpha of each entry, int64 [K]."""
+        return plan.codes >> 1
 
     def apply_(self, values: Tensor, plan: Plan, grid: Grid | None) -> Tensor:
         """Add the biases in place; see `Fault.apply_`."""
@@ -56,8 +70,48 @@ class MiBB(Fault):
         sign = 1 - 2 * (plan.codes & 1)
         bias = (sign << (plan.codes >> 1)).to(values.dtype) * grid.lsb
         after = (before + bias).clamp(grid.lo * grid.lsb, grid.hi * grid.lsb)
-        return add_at_(values, at, after - before, plan.sites < plan.population)
+        return add_at_(values, at, after - before, plan.valid())
 
-    def with_rate(self, rate: float) -> MiBB:
-        """Return the model at another per-MAC rate."""
-        return MiBB(mac_error_rate=rate)
+
+@FAULTS.register("feature_bit_flip")
+class FeatureBitFlip(Fault):
+    """Independent bit flips in the feature buffer (FTT-NAS eq. 6 and Table 3): soft errors in SRAM.
+
+    It acts on the buffer value: the output of the activation function where that alone consumes the feature point, else
+    the feature point itself. Each bit of the two's-complement word flips with probability M_p r.
+
+    Attributes:
+        bit_error_rate: r, per bit.
+    """
+
+    bit_error_rate: Annotated[float, Field(ge=0.0, le=1.0)]
+
+    name: ClassVar[str] = "feature_bit_flip"
+    target: ClassVar[Literal["weight", "feature"]] = "feature"
+    stage: ClassVar[Literal["point", "buffer"]] = "buffer"
+    rate_name: ClassVar[str] = "bit_error_rate"
+
+    @model_validator(mode="after")
+    def _persisting(self) -> FeatureBitFlip:
+        persisting(self.bit_error_rate, self.persistence)
+        return self
+
+    def sample(self, site: Site, *, generator: torch.Generator) -> Plan:
+        """Draw the flips; unit u is bit u // N of value u % N, and codes are 0."""
+        if site.bits is None:
+            raise ValueError("feature_bit_flip needs fixed-point features: give a quantization")
+        return sample_flips(site, site.bits, persisting(self.bit_error_rate, self.persistence), generator)
+
+    def num_bits(self, site: Site) -> int:
+        """Return the number of bits that can be hit."""
+        return site.word_bits
+
+    def bits_hit(self, plan: Plan) -> Tensor:
+        """Return the bit that each entry flips, int64 [K]."""
+        return bit_rows(plan)
+
+    def apply_(self, values: Tensor, plan: Plan, grid: Grid | None) -> Tensor:
+        """Flip the bits in place; see `Fault.apply_`."""
+        if grid is None:
+            raise ValueError("feature_bit_flip needs fixed-point features: give a quantization")
+        return flip_fixed_(values, plan, grid)

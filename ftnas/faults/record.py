@@ -29,10 +29,19 @@ class LayerHits:
 
 @dataclass(frozen=True)
 class FaultRecord(LayerHits):
-    """The same over all layers, for one fault model."""
+    """The same over all layers, for one fault model.
+
+    Attributes:
+        fault: Its name.
+        layers: By name of the layer.
+        nonfinite: Values that a fault turned into NaN or an infinity.
+        floored: Cells whose variation was cut off, see `ReciprocalNormalVariation`.
+    """
 
     fault: str
     layers: dict[str, LayerHits]
+    nonfinite: int = 0
+    floored: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,11 @@ class InjectionRecord(LayerHits):
     """The same over all fault models of one injection."""
 
     faults: tuple[FaultRecord, ...]
+
+    @property
+    def nonfinite(self) -> int:
+        """Values that faults turned into NaN or an infinity."""
+        return sum(fault.nonfinite for fault in self.faults)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -53,6 +67,7 @@ class Tally:
     def __init__(self, faults: Sequence[Fault]) -> None:
         self._faults = list(faults)
         self._sums: list[dict[str, tuple[int, float, Tensor | int]]] = [{} for _ in self._faults]
+        self._odd: list[dict[str, Tensor]] = [{} for _ in self._faults]
 
     def add(self, fault: int, layer: str, plan: Plan) -> None:
         """Count one plan of one layer, for the fault model of that index.
@@ -62,19 +77,31 @@ class Tally:
         hits: Tensor | int = len(plan.sites) if plan.sites.device.type == "cpu" else plan.hits()
         sums = self._sums[fault]
         sites, expected, before = sums.get(layer, (0, 0.0, 0))
-        sums[layer] = (sites + plan.population, expected + plan.population * plan.rate, before + hits)
+        sums[layer] = (sites + plan.num_at_risk, expected + plan.num_at_risk * plan.rate, before + hits)
+
+    def count(self, fault: int, what: str, number: Tensor) -> None:
+        """Add a scalar tensor to a fault model's ``nonfinite`` or ``floored``; it stays on the device."""
+        odd = self._odd[fault]
+        odd[what] = number if what not in odd else odd[what] + number
 
     def record(self) -> InjectionRecord:
         """Return the sums so far; reads them back from the device."""
         faults = []
-        for fault, sums in zip(self._faults, self._sums, strict=True):
+        for fault, sums, odd in zip(self._faults, self._sums, self._odd, strict=True):
             layers = {name: LayerHits(sites, int(hits), exp) for name, (sites, exp, hits) in sums.items()}
-            faults.append(FaultRecord(*_total(list(layers.values())), fault=fault.name, layers=layers))
+            counts = {what: int(number) for what, number in odd.items()}
+            faults.append(FaultRecord(*_total(list(layers.values())), fault=fault.name, layers=layers, **counts))
         return InjectionRecord(*_total(faults), faults=tuple(faults))
 
     def check(self) -> None:
-        """Raise a RuntimeError when a fault model hit nothing although hits were certain to occur."""
+        """Raise a RuntimeError when a fault model hit nothing although hits were certain, or could hit nothing."""
         for fault in self.record().faults:
+            if not fault.layers:
+                raise RuntimeError(f"{fault.fault} could hit nothing: none of the layers that it was put on has run")
+            if fault.sites == 0:
+                raise RuntimeError(
+                    f"{fault.fault} could hit nothing: what is targeted is protected, or holds no values"
+                )
             if fault.hits == 0 and fault.expected > SURELY_HIT:
                 raise RuntimeError(
                     f"{fault.fault} hit none of {fault.sites} sites where {fault.expected:.0f} hits were expected"

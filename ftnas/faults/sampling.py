@@ -67,3 +67,14 @@ def bernoulli(rate: float, length: int, *, generator: torch.Generator) -> Tensor
     """Draw ``length`` independent events of probability ``rate``; bool."""
     draws = torch.rand(length, generator=generator, device=generator.device, dtype=torch.float64)
     return draws < rate
+
+
+def persisting(rate: float, persistence: float) -> float:
+    """Return a rate that errors which nobody corrects have multiplied, M_p(t) * rate.
+
+    Raises:
+        ValueError: The product is above 1.
+    """
+    if rate * persistence > 1.0 + 1e-9:
+        raise ValueError(f"persistence times the rate must not exceed 1, got {persistence:g} * {rate:g}")
+    return min(1.0, rate * persistence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -26,8 +27,9 @@ def select_layers(candidates: Mapping[str, nn.Module], layers: Layers) -> frozen
 
     Args:
         candidates: Layers by name.
-        layers: A type name (``conv2d``, ``linear``), a name pattern (``stage1.*``), a predicate of (name, module), or
-            a sequence of those (any may match); None selects all.
+        layers: A type name (``conv2d``, ``linear``), a name pattern (``stage1.*``), a depth (``depth:0-4`` or
+            ``depth:7``: places in the order of definition, from 0), a predicate of (name, module), or a sequence of
+            those (any may match); None selects all.
 
     Raises:
         ValueError: A selector that matches nothing, or that is none.
@@ -39,14 +41,31 @@ def select_layers(candidates: Mapping[str, nn.Module], layers: Layers) -> frozen
     for selector in selectors:
         if not isinstance(selector, str) and not callable(selector):
             raise ValueError(f"layers must be names of types or layers, predicates, or None for all, got {selector!r}")
-        matched = {name for name, module in candidates.items() if _matches(selector, name, module)}
+        depths = _depths(selector)
+        matched = {
+            name
+            for depth, (name, module) in enumerate(candidates.items())
+            if (depth in depths if depths is not None else _matches(selector, name, module))
+        }
         if not matched:
+            if depths is not None:
+                raise ValueError(f"layers={selector!r} matches no layer; there are depths 0..{len(candidates) - 1}")
             known = [*candidates, *TYPE_NAMES]
             raise ValueError(f"layers={selector!r} matches no layer; {did_you_mean(str(selector), known)}")
         chosen |= matched
     if not chosen:
         raise ValueError(f"layers={layers!r} selects no layer; None selects all")
     return frozenset(chosen)
+
+
+def _depths(selector: str | Predicate) -> range | None:
+    """Return the depths that a ``depth:A-B`` names, None for any other selector."""
+    if not isinstance(selector, str) or not selector.startswith("depth:"):
+        return None
+    match = re.fullmatch(r"depth:(\d+)(?:-(\d+))?", selector)
+    if match is None:
+        raise ValueError(f"a depth is written depth:3 or depth:0-4, got {selector!r}")
+    return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
 def _matches(selector: str | Predicate, name: str, module: nn.Module) -> bool:

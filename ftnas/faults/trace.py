@@ -1,13 +1,15 @@
 """Where a model's feature points are: the data flow of one forward, observed.
 
 A feature point is the output of a Conv2d or Linear, taken after the BatchNorm that alone consumes it, if there is one.
-What consumes a tensor is read off the functions that really run, so that the order of definition does not matter.
+What is stored for the next layers, the buffer value, is the output of the activation function that alone consumes the
+feature point, if there is one, else the feature point itself. What consumes a tensor is read off the functions that
+really run, so that the order of definition does not matter.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,22 +26,47 @@ Call = tuple[str, int]
 """A module's name, and the how-manieth call of it in a forward, from 0."""
 
 
+_ACTIVATIONS = frozenset(
+    "relu relu6 hardtanh leaky_relu rrelu prelu elu selu celu gelu silu mish sigmoid logsigmoid hardsigmoid tanh "
+    "hardswish softplus softsign softshrink hardshrink tanhshrink threshold".split()
+)
+ACTIVATION = "an activation function"
+
+
+def is_activation(func: Callable[..., Any]) -> bool:
+    """Tell whether a torch function is an activation function, in place or not."""
+    return getattr(func, "__name__", "").rstrip("_") in _ACTIVATIONS
+
+
 @dataclass
 class _Output:
-    """A layer's output while the trace runs: who made it, and who has consumed it."""
+    """The output of a layer or a BatchNorm while the trace runs: who made it, and who has consumed it."""
 
     call: Call
     tensor: Tensor  # kept, so that its id stays its own
-    consumers: list[Call | None] = field(default_factory=list)
+    consumers: list[Call | str | None] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward shows: the feature point of each layer call, and the layer calls that an activation follows."""
+
+    points: dict[Call, Call]
+    activated: frozenset[Call]
 
 
 class _Watch(TorchFunctionMode):
-    """Notes, for each watched tensor, the BatchNorm call (or None for anything else) that consumes it."""
+    """Notes what consumes each watched tensor: a BatchNorm call, an activation function, or anything else (None)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.outputs: dict[int, _Output] = {}
+        self.made: dict[Call, _Output] = {}
         self.batch_norm: Call | None = None
+
+    def add(self, call: Call, tensor: Tensor) -> None:
+        """Watch the output of a call."""
+        self.outputs[id(tensor)] = self.made[call] = _Output(call, tensor)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -48,18 +75,26 @@ class _Watch(TorchFunctionMode):
         watched = [out for leaf in tree_leaves((args, kwargs)) if (out := self.outputs.get(id(leaf))) is not None]
         result = func(*args, **kwargs)
         if watched and any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            is_norm = self.batch_norm is not None and getattr(func, "__name__", "") == "batch_norm"
+            consumer = self.batch_norm if is_norm else ACTIVATION if is_activation(func) else None
             for output in watched:
-                is_norm = self.batch_norm is not None and getattr(func, "__name__", "") == "batch_norm"
-                output.consumers.append(self.batch_norm if is_norm else None)
+                output.consumers.append(consumer)
+                if consumer == ACTIVATION and result is output.tensor:
+                    del self.outputs[id(result)]  # in place: from here on the same tensor is what came out of it
         return result
 
 
 class FeaturePoints:
     """Tells, at each call of a layer or a BatchNorm, whether its output is a feature point, and whose."""
 
-    def __init__(self, points: Mapping[Call, Call]) -> None:
-        self._points = dict(points)
+    def __init__(self, trace: Trace) -> None:
+        self._points = trace.points
+        self._activated = trace.activated
         self._owners = {point: layer for layer, point in self._points.items()}
+
+    def activated(self, layer: Call) -> bool:
+        """Tell whether an activation function alone consumes the feature point of a layer call."""
+        return layer in self._activated
 
     def owner(self, call: Call, is_layer: bool) -> Call | None:
         """Return the layer call whose feature point this call's output is, or None.
@@ -78,9 +113,14 @@ class FeaturePoints:
 class DeclaredPoints(FeaturePoints):
     """Feature points that the model itself declares, by names; the calls of both correspond in order."""
 
-    def __init__(self, norms: Mapping[str, str]) -> None:
+    def __init__(self, norms: Mapping[str, str], activated: Iterable[str]) -> None:
         self._norms = dict(norms)
         self._layers = {norm: layer for layer, norm in norms.items()}
+        self._names = frozenset(activated)
+
+    def activated(self, layer: Call) -> bool:
+        """Tell whether an activation function alone consumes the feature point of a layer call."""
+        return layer[0] in self._names
 
     def owner(self, call: Call, is_layer: bool) -> Call | None:
         """Return the layer call whose feature point this call's output is, or None."""
@@ -94,7 +134,8 @@ def find_feature_points(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping
     """Return what the model declares by ``feature_points()``, else what a traced forward shows (kept per model)."""
     declare = getattr(model, "feature_points", None)
     if callable(declare):
-        return DeclaredPoints(declare())
+        activated = getattr(model, "activated_points", None)
+        return DeclaredPoints(declare(), activated() if callable(activated) else ())
     key = (tuple(id(module) for module in model.modules()), model.training)
     kept = _TRACES.setdefault(model, {})
     if key not in kept:
@@ -105,7 +146,7 @@ def find_feature_points(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping
 _TRACES: weakref.WeakKeyDictionary[nn.Module, dict[Any, FeaturePoints]] = weakref.WeakKeyDictionary()
 
 
-def trace_feature_points(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Call, Call]:
+def trace_feature_points(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
     """Run one forward and return the feature point of every Conv2d and Linear call in it.
 
     The forward runs without gradients, on copies of the arguments cut to two samples (on all of them when the model
@@ -118,7 +159,7 @@ def trace_feature_points(model: nn.Module, args: tuple[Any, ...], kwargs: Mappin
 
     Returns:
         For each call of a layer, the call whose output is its feature point: that of the BatchNorm that alone
-        consumes it, else its own.
+        consumes it, else its own; and the layer calls whose feature point an activation function alone consumes.
     """
     try:
         return _trace(model, *_copied((args, dict(kwargs)), 2))
@@ -130,26 +171,31 @@ def _copied(arguments: Any, samples: int | None) -> Any:
     return tree_map(lambda leaf: leaf[:samples].clone() if isinstance(leaf, Tensor) and leaf.dim() else leaf, arguments)
 
 
-def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Call, Call]:
+def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
     watch = _Watch()
     counts: dict[str, int] = {}
+    layers: list[Call] = []
     handles = []
+
+    def called(name: str) -> Call:
+        counts[name] = counts.get(name, 0) + 1
+        return name, counts[name] - 1
 
     def before_norm(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any) -> None:
-            watch.batch_norm = (name, counts.get(name, 0))
-            counts[name] = counts.get(name, 0) + 1
+            watch.batch_norm = called(name)
 
         return hook
 
     def after_norm(module: nn.Module, inputs: Any, output: Any) -> None:
+        if watch.batch_norm is not None:
+            watch.add(watch.batch_norm, output)
         watch.batch_norm = None
 
     def after_layer(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            call = (name, counts.get(name, 0))
-            counts[name] = call[1] + 1
-            watch.outputs[id(output)] = _Output(call, output)
+            layers.append(called(name))
+            watch.add(layers[-1], output)
 
         return hook
 
@@ -169,10 +215,16 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
         if (returned := watch.outputs.get(id(leaf))) is not None:
             returned.consumers.append(None)
     points = {}
-    for output in watch.outputs.values():
-        only = output.consumers[0] if len(output.consumers) == 1 else None
-        points[output.call] = only if only is not None else output.call
-    return points
+    for call in layers:
+        only = _only(watch.made[call])
+        points[call] = only if isinstance(only, tuple) else call
+    activated = frozenset(call for call, point in points.items() if _only(watch.made[point]) == ACTIVATION)
+    return Trace(points, activated)
+
+
+def _only(output: _Output) -> Call | str | None:
+    """Return the consumer of an output that has one alone."""
+    return output.consumers[0] if len(output.consumers) == 1 else None
 
 
 @contextmanager

@@ -1,0 +1,123 @@
+"""Which plan a tensor meets: drawn by seed, kept for a device, or replayed from a set of plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from ftnas.faults.base import Fault, Plan, Site, Where
+from ftnas.faults.where import restrict
+from ftnas.rng import Label, generator
+
+DrawOn = Literal["cpu", "device"]
+Key = tuple[int, str, int]
+"""Number of the fault model in the injection, name of the layer, and the how-manieth call of it in a forward."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A fault model, and what of a model it can hit.
+
+    Attributes:
+        number: Its place in the injection.
+        fault: The model.
+        layers: Names of the layers.
+        never: For some layers, parts of them that are protected.
+    """
+
+    number: int
+    fault: Fault
+    layers: frozenset[str]
+    never: Mapping[str, Sequence[Where]]
+
+
+class Drawing:
+    """The plans of one kind of tensor, keyed by seed, fault, draw, layer and call.
+
+    Kept are hard plans, and the last one of each weight, which may be read more than once in a forward.
+    """
+
+    def __init__(
+        self,
+        placed: Sequence[Placed],
+        *,
+        seed: int,
+        hard: bool,
+        draw_on: DrawOn,
+        given: Mapping[Key, Plan] | None = None,
+    ) -> None:
+        self.placed = list(placed)
+        self.hard = hard
+        self.given = given
+        self.last: dict[Key, Plan] = {}
+        self._seed = seed
+        self._on_device = draw_on == "device"
+        self._kept: dict[Key, tuple[Label, Plan]] = {}
+        self._layers = frozenset().union(*(p.layers for p in placed))
+
+    def __bool__(self) -> bool:
+        return bool(self.placed)
+
+    def hits(self, layer: str) -> bool:
+        """Tell whether a fault model can hit this layer."""
+        if self.given is not None:
+            return any(name == layer for _, name, _ in self.given)
+        return layer in self._layers
+
+    def replay(self, given: Mapping[Key, Plan]) -> None:
+        """Use these plans from now on, in place of others that were given."""
+        self.given = given
+        self._kept.clear()
+        self.last.clear()
+
+    def plans(
+        self, site: Site, draw: int, index: int, device: torch.device
+    ) -> Iterator[tuple[Placed, Plan, Plan | None]]:
+        """Yield each fault model, its plan for the tensor, and the plan to count (None: counted before)."""
+        for placed in self.placed:
+            if site.layer not in placed.layers:
+                continue
+            key = (placed.number, site.layer, index)
+            found = self._drawn(placed, key, site, draw, device) if self.given is None else self._given(key, site)
+            if found is None:
+                continue
+            plan, fresh = found
+            if fresh is not None:
+                self.last[key] = fresh
+            yield placed, plan.to(device), fresh
+
+    def _drawn(self, placed: Placed, key: Key, site: Site, draw: int, device: torch.device) -> tuple[Plan, Plan | None]:
+        fault = placed.fault
+        when: Label = "device" if self.hard else draw
+        one = self.hard and fault.target == "feature"  # a defect map is the same for every sample
+        sampled = replace(site, shape=site.shape[1:]) if one else site
+        kept, plan = self._kept.get(key, (None, None))
+        fresh = None
+        if plan is None or kept != when:
+            stream = generator(
+                self._seed, fault.name, placed.number, when, site.layer, key[2],
+                device=device if self._on_device else "cpu",
+            )  # fmt: skip
+            plan = fault.sample(sampled, generator=stream)
+            plan = fresh = restrict(plan, sampled, fault, only=fault.where, never=placed.never.get(site.layer, ()))
+            plan = plan.to(device)
+            if self.hard or fault.target == "weight":
+                self._kept[key] = (when, plan)
+        if plan.shape != sampled.shape:
+            raise ValueError(f"{site.layer!r}: a defect map fits one shape, {plan.shape}, got {sampled.shape}")
+        return (plan.repeated(site.shape[0]) if one else plan), fresh
+
+    def _given(self, key: Key, site: Site) -> tuple[Plan, Plan | None] | None:
+        assert self.given is not None
+        plan = self.given.get(key)
+        if plan is None:
+            return None
+        fresh = plan if key not in self.last else None
+        if plan.shape == site.shape:
+            return plan, fresh
+        if plan.shape == site.shape[1:]:
+            return plan.repeated(site.shape[0]), fresh
+        raise ValueError(f"{site.layer!r}: the plan is for the shape {plan.shape}, the tensor has {site.shape}")

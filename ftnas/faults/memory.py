@@ -1,0 +1,49 @@
+"""Writing to a tensor where a plan says, whatever its memory format, without waiting for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def storage(values: Tensor) -> Tensor:
+    """Return the one-dimensional view over the memory of a dense tensor of any memory format."""
+    if values.is_contiguous():
+        return values.view(-1)
+    return values.as_strided((values.numel(),), (1,))
+
+
+def positions(sites: Tensor, values: Tensor) -> Tensor:
+    """Translate row-major sites of a tensor into positions in `storage`, so that a plan fits any memory format.
+
+    Padding (sites equal to the number of values) becomes position 0.
+    """
+    valid = sites < values.numel()
+    rest = torch.where(valid, sites, 0)
+    if values.is_contiguous():
+        return rest
+    offset = torch.zeros_like(rest)
+    for size, stride in zip(reversed(values.shape), reversed(values.stride()), strict=True):
+        offset += (rest % size) * stride
+        rest = rest // size
+    return offset
+
+
+def add_at_(values: Tensor, at: Tensor, deltas: Tensor, valid: Tensor) -> Tensor:
+    """Add ``deltas`` in place at positions of the storage, nothing where not ``valid``."""
+    storage(values).index_add_(0, at, torch.where(valid, deltas, 0.0).to(values.dtype))
+    return values
+
+
+def set_at_(values: Tensor, at: Tensor, new: Tensor, valid: Tensor) -> Tensor:
+    """Set positions of the storage, distinct where ``valid``, to ``new``; the others stay what they are."""
+    if len(at) == 0:
+        return values
+    memory = storage(values)
+    # all entries must write: those that are not valid write what the first valid one writes, or if there is none, what
+    # is there already
+    first = valid.to(torch.uint8).argmax(dim=0, keepdim=True)  # kept a vector: a scalar index would wait for it
+    new = new.to(values.dtype)
+    one = torch.where(valid[first], new[first], memory[at[first]])
+    memory.index_copy_(0, torch.where(valid, at, at[first]), torch.where(valid, new, one))
+    return values

@@ -1,0 +1,132 @@
+"""Which fault models go where in a model, and whether they can."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ftnas.faults.base import Fault, Site, Where
+from ftnas.faults.drawing import Placed
+from ftnas.faults.select import Layers, Predicate, macs_per_output, select_layers
+from ftnas.quantize import FixedPoint, FloatFormat, Quantization
+
+Protect = str | Predicate | Where | Sequence[str | Predicate | Where]
+
+
+def check(
+    model: nn.Module, faults: Sequence[Fault], quantization: Quantization | None, errors: str | None, draw_on: str
+) -> None:
+    """Refuse what no injection can work on.
+
+    Raises:
+        ValueError: One line: what was given, and what to give instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {model!r}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "a scripted model has no hooks and no parametrizations; inject into the model before scripting"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("the model is compiled, and what is compiled reads no faults; inject into model._orig_mod")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model is on the meta device and has no values to fault; load it on cpu or cuda first")
+    for fault in faults:
+        if not isinstance(fault, Fault):
+            raise ValueError(f"inject takes fault models such as MiBB(mac_error_rate=1e-4), got {fault!r}")
+        if fault.needs_quantization and quantization is None:
+            raise ValueError(f"{fault.name} needs fixed point: give quantization=FixedPoint(bits=8), got None")
+    if errors not in (None, "soft", "hard"):
+        raise ValueError(f"errors must be 'soft', 'hard' or None, got {errors!r}")
+    if draw_on not in ("cpu", "device"):
+        raise ValueError(f"draw_on must be 'cpu' or 'device', got {draw_on!r}")
+
+
+def place(
+    faults: Sequence[Fault], candidates: Mapping[str, nn.Module], layers: Layers, protect: Protect
+) -> list[Placed]:
+    """Give each fault model the layers that it can hit.
+
+    Raises:
+        ValueError: A selector matches nothing, or a fault model is left without a layer.
+    """
+    selected = select_layers(candidates, layers)
+    whole, parts = _protected(candidates, protect)
+    placed = []
+    for number, fault in enumerate(faults):
+        own = fault.where.layers if fault.where is not None else None
+        chosen = selected & select_layers(candidates, own)
+        if not chosen:
+            raise ValueError(f"{fault.name} could hit nothing: where.layers={own} has no layer of layers={layers!r}")
+        if not chosen - whole:
+            raise ValueError(f"{fault.name} could hit nothing: all its {len(chosen)} layers are protected")
+        never = {name: tuple(where for names, where in parts if name in names) for name in chosen}
+        placed.append(Placed(number, fault, chosen - whole, never))
+    return placed
+
+
+def _protected(
+    candidates: Mapping[str, nn.Module], protect: Protect
+) -> tuple[frozenset[str], list[tuple[frozenset[str], Where]]]:
+    """Return the layers that are protected as a whole, and the parts of others."""
+    entries = [protect] if isinstance(protect, (str, Where)) or callable(protect) else list(protect)
+    whole: frozenset[str] = frozenset()
+    parts = []
+    for entry in entries:
+        if not isinstance(entry, Where):
+            whole |= select_layers(candidates, entry)
+            continue
+        names = select_layers(candidates, entry.layers)
+        if entry.channels is None and entry.positions is None and entry.bits is None:
+            whole |= names
+        else:
+            parts.append((names, entry))
+    return whole, parts
+
+
+def weight_format(given: FixedPoint | None, faults: Sequence[Fault]) -> FixedPoint | FloatFormat | None:
+    """Return how the faulty hardware holds weights: as asked, unless a fault model's hardware has a format of its own.
+
+    Raises:
+        ValueError: Two fault models whose hardware differs.
+    """
+    owners = [fault for fault in faults if fault.target == "weight" and fault.encoding is not None]
+    formats = {fault.weight_format(given): fault.name for fault in owners}
+    if len(formats) > 1:
+        names = ", ".join(sorted({fault.name for fault in owners}))
+        raise ValueError(f"these faults need weights in different formats: {names}; inject them one at a time")
+    return next(iter(formats), given)
+
+
+def weight_site(layer: str, module: nn.Module, weight: Tensor, form: FixedPoint | FloatFormat | None) -> Site:
+    """Describe the weight of a Conv2d or Linear, held in a format."""
+    shape = tuple(weight.shape)
+    rows_columns = (shape[2], shape[3]) if len(shape) == 4 else (1, 1)
+    return Site(
+        layer,
+        shape,
+        macs_per_output(module),
+        bits=form.bits if isinstance(form, FixedPoint) else None,
+        float_bits=form.bits if isinstance(form, FloatFormat) else 8 * weight.element_size(),
+        channels=shape[0],
+        channel_stride=weight.numel() // max(1, shape[0]),
+        map_shape=rows_columns,
+    )
+
+
+def feature_site(layer: str, module: nn.Module, feature: Tensor, form: FixedPoint | None) -> Site:
+    """Describe the output of a Conv2d [batch, channels, H, W] or a Linear [batch, ..., features]."""
+    shape = tuple(feature.shape)
+    conv = isinstance(module, nn.Conv2d)
+    return Site(
+        layer,
+        shape,
+        macs_per_output(module),
+        bits=None if form is None else form.bits,
+        float_bits=8 * feature.element_size(),
+        channels=shape[-3] if conv else shape[-1],
+        channel_stride=shape[-2] * shape[-1] if conv else 1,
+        map_shape=(shape[-2], shape[-1]) if conv else (1, 1),
+    )

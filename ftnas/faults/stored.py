@@ -1,0 +1,92 @@
+"""The seam for weights: a parametrization that reads what the faulty hardware holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+class Reader(Protocol):
+    """What knows how the hardware holds weights: the injection."""
+
+    finding: bool
+
+    def weight(self, layer: str, weight: Tensor) -> Tensor:
+        """Return what is read for a stored weight; same shape and dtype."""
+
+    def weight_key(self, layer: str) -> tuple[bool, Any]:
+        """Return whether the weight is faulty now, and what beside its values decides what is read."""
+
+
+class StoredWeight(nn.Module):
+    """The parametrization of one weight; without gradients it keeps what it computed until the weight changes."""
+
+    def __init__(self, reader: Reader, layer: str) -> None:
+        super().__init__()
+        self._reader = reader
+        self._layer = layer
+        self._kept: dict[bool, tuple[Any, Tensor]] = {}
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the quantized and faulty weight; same shape and dtype."""
+        if self._reader.finding:
+            return weight
+        if (torch.is_grad_enabled() and weight.requires_grad) or not isinstance(weight, nn.Parameter):
+            self._kept.clear()  # what a parametrization of the model's own made tells nothing by its address
+            return self._reader.weight(self._layer, weight)
+        faulty, state = self._reader.weight_key(self._layer)
+        key = (weight.data_ptr(), weight._version, state)
+        if faulty not in self._kept or self._kept[faulty][0] != key:
+            self._kept[faulty] = (key, self._reader.weight(self._layer, weight))
+        return self._kept[faulty][1]
+
+
+def is_stored(module: nn.Module) -> bool:
+    """Tell whether an injection reads this layer's weight."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return False
+    return any(isinstance(p, StoredWeight) for p in module.parametrizations.weight)  # type: ignore[union-attr]
+
+
+def store_weight(module: nn.Module, reader: Reader, layer: str) -> Callable[[], None]:
+    """Put the parametrization on a layer's weight; return what takes it off again, bit for bit.
+
+    While it is on, ``state_dict`` and ``load_state_dict`` of the model speak of the stored weight by its plain name.
+    """
+    order = list(module._parameters)
+    alone = not parametrize.is_parametrized(module, "weight")
+    parametrize.register_parametrization(module, "weight", StoredWeight(reader, layer), unsafe=True)
+    handles = [] if not alone else [
+        module.register_state_dict_post_hook(_plain_name),
+        module.register_load_state_dict_pre_hook(_inner_name),
+    ]  # fmt: skip
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+        chain = cast(parametrize.ParametrizationList, module.parametrizations.weight)  # type: ignore[union-attr]
+        if len(chain) > 1:  # the model's own come first, and stay
+            del chain[-1]
+            return
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        for parameter in order:  # the weight came back as the last one
+            module._parameters[parameter] = module._parameters.pop(parameter)
+
+    return undo
+
+
+_INNER = "parametrizations.weight.original"
+
+
+def _plain_name(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    if prefix + _INNER in state:
+        state[prefix + "weight"] = state.pop(prefix + _INNER)
+
+
+def _inner_name(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    if prefix + "weight" in state:
+        state[prefix + _INNER] = state.pop(prefix + "weight")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ Plan = Mapping[int, tuple[float, float]]
 
 Point = tuple[float, float]
 Line = tuple[Point, Point]
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top."""
 
 OUTPUT = -1
 CHIP = 1.06
@@ -125,3 +128,50 @@ def spread(heights: Sequence[float], *, gap: float) -> list[float]:
     for index in range(count):
         placed[index] = min(placed[index], max(1.0, gap * (count - 1)) - gap * (count - 1 - index))
     return placed
+
+
+def free_place(
+    point: Point, *, size: tuple[float, float], inside: Sequence[float], taken: Iterable[Box], gap: float = 0.13
+) -> Box | None:
+    """Return the first place for a text around a point that lies ``inside`` and meets nothing ``taken``, or None.
+
+    Beside the point is tried first, then above and below it, then the same farther away; all in one unit.
+
+    Args:
+        point: (x, y).
+        size: Width and height of the text.
+        inside: Left, bottom, right and top of the picture.
+        taken: What it must not meet.
+        gap: From the point to the text.
+    """
+    (x, y), (wide, high) = point, size
+    right, left, middle = x + gap, x - gap - wide, x - wide / 2
+    corners = [(right, y - high / 2), (left, y - high / 2), (middle, y + gap), (middle, y - gap - high)]
+    for far in (0.75 * gap, 1.5 * gap, 2.25 * gap):
+        corners += [(right, y - far - high), (left, y + far), (right, y + far), (left, y - far - high)]
+        corners += [(middle, y + gap + far), (middle, y - gap - far - high)]
+    others = list(taken)
+    for a, b in corners:
+        box = (a, b, a + wide, b + high)
+        contained = a >= inside[0] and b >= inside[1] and box[2] <= inside[2] and box[3] <= inside[3]
+        if contained and not any(meet(box, other) for other in others):
+            return box
+    return None
+
+
+def meet(a: Box, b: Box) -> bool:
+    """Return whether two boxes overlap; sides that touch do not count."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def round_ticks(low: float, *, high: float) -> list[float]:
+    """Return three to seven round numbers in [low, high], low < high, at equal distances of 1, 2 or 5 x 10^k."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= 6)
+    return [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def shorten(name: str, *, longest: int) -> str:
+    """Return a name of at most ``longest`` characters: one that is longer loses its middle to an ellipsis."""
+    half = (longest - 1) // 2
+    return name if len(name) <= longest else f"{name[: longest - 1 - half]}…{name[-half:]}"

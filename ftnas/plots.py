@@ -1,4 +1,4 @@
-"""Pictures: accuracy curves, cells, search history. The only user of matplotlib; no pyplot, no global state."""
+"""Pictures: accuracy curves, cells, search history. matplotlib without pyplot or global state."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def accuracy_curves(
     bottom = min([*values, 1.0 if chance is None else chance])
     axes.set_ylim(max(0.0, 100 * bottom - 4), min(101.5, 100 * max(values) + 4))
     axes.set_ylabel("accuracy (%)", color=INK)
-    axes.set_xlabel(_drawable(rate_label), color=INK, parse_math=False)
+    axes.set_xlabel(drawable(rate_label), color=INK, parse_math=False)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     if chance is not None:
         axes.axhline(100 * chance, color=MUTED, linewidth=1.2, linestyle=(0, (1, 2)))
@@ -108,8 +108,8 @@ def accuracy_curves(
             "chance", corner, xycoords=("axes fraction", "data"), xytext=(2, 3), textcoords="offset points",
             color=MUTED, fontsize=8.5,
         )  # fmt: skip
-    _bare(axes)
-    axes.set_title(_drawable(title), loc="left", color=INK, fontsize=12, fontweight="bold", parse_math=False)
+    bare(axes)
+    axes.set_title(drawable(title), loc="left", color=INK, fontsize=12, fontweight="bold", parse_math=False)
     _name_lines(axes, curves)
     return figure
 
@@ -194,7 +194,7 @@ def _name_lines(axes: Axes, curves: Sequence[Curve]) -> None:
             [1.067], [placed], transform=axes.transAxes, clip_on=False, markersize=6, linestyle="",
             color=style["color"], marker=style["marker"],
         )  # fmt: skip
-        name = _drawable(curve.name)
+        name = drawable(curve.name)
         axes.text(
             1.09, placed, name if len(name) <= 26 else name[:25] + "…", transform=axes.transAxes, va="center",
             fontsize=size, color=INK, parse_math=False,
@@ -235,7 +235,7 @@ def draw_genotype(genotype: Mapping[str, Any], *, title: str | None = None) -> F
         axes.axis("off")
         axes.text(-0.3, middle + h / 2 - 0.2, names[name], color=MUTED, fontsize=10, va="top")
         _draw_cell(axes, cell, plan)
-    text = _drawable(str(genotype.get("name") or "") if title is None else title)
+    text = drawable(str(genotype.get("name") or "") if title is None else title)
     at = (0.3 / width, 1 - 0.15 / (height + 0.4))
     figure.text(*at, text, va="top", color=INK, fontsize=12, fontweight="bold", parse_math=False)
     return figure
@@ -262,7 +262,7 @@ def _draw_edge(axes: Axes, edge: Edge, line: Line, target: tuple[float, float]) 
     x, y = line[1]
     axes.plot([x + CHIP, target[0]], [y, target[1]], color=color, linewidth=1.2, linestyle=dashes, zorder=1)
     axes.add_patch(_box((x, y - 0.115), CHIP, 0.23, facecolor=PAPER, edgecolor=color, linestyle=dashes, zorder=4))
-    label = _drawable(edge.op)
+    label = drawable(edge.op)
     size = 7.8 * min(1.0, 17 / max(1, len(label)))
     style: dict[str, Any] = {"fontsize": size, "color": MUTED if idle else INK, "zorder": 5, "parse_math": False}
     axes.text(x + CHIP / 2, y, label, ha="center", va="center_baseline", **style)
@@ -335,7 +335,7 @@ def search_history(
     upper.plot(list(means), average, color=INK, linewidth=2, label=f"mean of the last {width} steps")
     upper.set_ylabel("reward", color=INK)
     upper.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
-    upper.set_title(_drawable(title), loc="left", color=INK, fontsize=12, fontweight="bold", parse_math=False)
+    upper.set_title(drawable(title), loc="left", color=INK, fontsize=12, fontweight="bold", parse_math=False)
     bottom = upper
     if entropy:
         bottom = figure.add_subplot(grid[1], sharex=upper)
@@ -347,7 +347,7 @@ def search_history(
     upper.grid(color=GRID, linewidth=0.8)
     bottom.set_xlabel("controller step", color=INK)
     for axes in {upper, bottom}:
-        _bare(axes)
+        bare(axes)
     return figure
 
 
@@ -380,7 +380,8 @@ def pixels(figure: Figure, *, dpi: int = 80) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _bare(axes: Axes) -> None:
+def bare(axes: Axes) -> None:
+    """Leave the left and the bottom spine, in the colour of the text."""
     axes.set_axisbelow(True)
     axes.set_facecolor(PAPER)
     axes.tick_params(colors=INK, labelsize=9.5, length=3)
@@ -389,7 +390,7 @@ def _bare(axes: Axes) -> None:
         spine.set_color(INK)
 
 
-def _drawable(text: str) -> str:
+def drawable(text: str) -> str:
     """Replace what the font cannot draw, which would be a box and a warning, by ``?``."""
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
     return "".join(char if char == "\n" or font.get_char_index(ord(char)) else "?" for char in text)

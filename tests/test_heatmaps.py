@@ -69,8 +69,9 @@ def test_map_writes_its_values_and_hatches_what_is_missing() -> None:
     assert figure.axes[0].get_ylim() == (2, 0)  # the first row on top
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 32), (60, 1), (18, 8), (60, 32)])
-@pytest.mark.parametrize("name", ["c", LONG])
+@pytest.mark.parametrize(
+    ("shape", "name"), [((1, 1), "c"), ((1, 32), LONG), ((18, 8), "c"), ((18, 8), LONG), ((60, 32), LONG)]
+)
 def test_maps_of_all_sizes_are_legible(shape: tuple[int, int], name: str) -> None:
     random = np.random.default_rng(0)
     rows = [f"{name}{i}" for i in range(shape[0])]
@@ -122,8 +123,7 @@ def test_ranking_is_sorted_and_counts_the_rest() -> None:
     assert [end[1][0] for end in ends] == pytest.approx([0.94, 0.84, 0.74, 0.64])
 
 
-@pytest.mark.parametrize("count", [1, 2, 30, 44])
-@pytest.mark.parametrize("half", [math.nan, 0.0, 1e-7, 0.3])
+@pytest.mark.parametrize(("count", "half"), [(1, math.nan), (1, 0.0), (2, 1e-7), (30, 0.3), (44, 0.3), (44, 0.0)])
 def test_rankings_of_all_sizes_are_legible(count: int, half: float) -> None:
     names = [f"{LONG}{i}" for i in range(count)]
     means = np.linspace(0.001, 0.95, count)

@@ -225,7 +225,7 @@ UNEQUAL = (50, 200, 800, 3000, 10_000, 40_000, 100_000, 500_000)
 @pytest.mark.parametrize("proportion", [0.0, 1e-4, 1e-3, 0.05, 0.5])
 def test_interval_covers_at_rare_and_common_effects(sizes, trials, proportion):
     """Not below 0.94, up to the draws' own error at the false-alarm rate."""
-    random, draws = np.random.default_rng(5), 200
+    random, draws = np.random.default_rng(5), 120
     effects = [round(proportion * size) for size in sizes]
     true = sum(effects) / sum(sizes)
     hits = 0
@@ -268,7 +268,7 @@ def test_enough_is_the_interval_and_the_minimum():
 @pytest.mark.parametrize(("minimum", "rate"), [(5, 0.926), (20, 0.945)])
 def test_stopping_covers_as_the_docstring_says(minimum, rate):
     """Normal values and a width that needs 25; the docstring's figures come from 20,000 runs."""
-    random, runs, hits = np.random.default_rng(11), 200, 0
+    random, runs, hits = np.random.default_rng(11), 120, 0
     half = 0.1 * 1.959964 / 5
     for _ in range(runs):
         values = random.normal(0.7, 0.1, size=200)

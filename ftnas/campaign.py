@@ -1,25 +1,26 @@
-"""A campaign: models x fault models x rates x devices -> one record each, resumable by key."""
+"""Fixed-rate campaigns: models x fault models x rates x devices -> one record each, resumable by key."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ftnas.data import ImageSet
-from ftnas.evaluate import correct_predictions
+from ftnas.evaluate import answers
 from ftnas.faults.hardware import AnyFault, Hardware
 from ftnas.faults.inject import Errors
 from ftnas.models import Complexity
 from ftnas.progress import track
 from ftnas.rng import seed_for
 from ftnas.rundir import Folder
-from ftnas.settings import Count, Rate, Settings
+from ftnas.settings import Count, Settings
+from ftnas.survey import MIN_DEVICES, enough
 
 RECORDS = "records.jsonl"
 SCHEMA = 1
@@ -30,11 +31,26 @@ class SweepConfig(Settings):
 
     Attributes:
         fault: The fault model; its own rate gives the shares that the sweep keeps (SAF0 to SAF1).
-        rates: Rates above 0; the fault-free hardware is always measured too.
+        name: What records and tables call the sweep; the fault model's name when left out.
+        also: Further fault models in the same injection, at their own rates, at all rates above 0.
+        rates: Rates (or sigmas) above 0; the fault-free hardware is always measured too.
     """
 
     fault: AnyFault
-    rates: tuple[Rate, ...] = Field(min_length=1)
+    name: str | None = None
+    also: tuple[AnyFault, ...] = ()
+    rates: tuple[Annotated[float, Field(ge=0.0)], ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _in_range(self) -> SweepConfig:
+        for rate in self.rates:
+            self.fault.with_rate(rate)
+        return self
+
+    @property
+    def label(self) -> str:
+        """What records and tables call the sweep."""
+        return self.name or self.fault.name
 
 
 class CampaignConfig(Settings):
@@ -42,7 +58,11 @@ class CampaignConfig(Settings):
 
     Attributes:
         sweeps: Fault models and rates.
-        devices: Devices per rate; a device is a seed, common to all models.
+        devices: Devices per rate; a device is a seed, common to all models. With ``half_width`` the most there are.
+        half_width: Stop a point early, after at least 20 devices, once its 95% Student interval over the devices is at
+            most this far to each side (accuracy in [0, 1]); None measures all devices.
+        interval: How reports make the interval over devices with one training seed: Student's t, or the bootstrap over
+            devices and images.
         images: Take this many test images, stratified, always the same ones; None takes all.
         batch_size: Images per forward; a setting of the result, since float sums depend on it.
         errors: ``hard`` or ``soft``; None: hard for weights, soft for features.
@@ -50,9 +70,24 @@ class CampaignConfig(Settings):
 
     sweeps: tuple[SweepConfig, ...] = Field(min_length=1)
     devices: Count = 10
+    half_width: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    interval: Literal["student", "bootstrap"] = "student"
     images: Count | None = None
     batch_size: Count = 200
     errors: Errors | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CampaignConfig:
+        labels = [sweep.label for sweep in self.sweeps]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"two sweeps are called {label!r}; give one of them another name")
+        if self.half_width is not None and self.devices <= MIN_DEVICES:
+            raise ValueError(
+                f"half_width stops after {MIN_DEVICES} devices at the earliest, so that with devices={self.devices} it "
+                "has no effect; allow more devices or remove it"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -82,7 +117,7 @@ class _Point(NamedTuple):
     device: int | None
 
     def key(self, subject: Subject) -> tuple[Any, ...]:
-        return subject.name, subject.train_seed, self.sweep.fault.name, self.rate, self.device
+        return subject.name, subject.train_seed, self.sweep.label, self.rate, self.device
 
 
 def run_campaign(
@@ -115,20 +150,39 @@ def run_campaign(
         if identities.count(identity) > 1:
             raise ValueError(f"campaign: two models are called {identity[0]!r} (training seed {identity[1]})")
     journal = folder.journal(RECORDS)
-    done = {_key_of(record) for record in journal.records()}
+    done = {_key_of(record): float(record["accuracy"]) for record in journal.records()}
     grid = list(_grid(config))
-    total = len(grid) * len(subjects)
     measured = sum(point.key(subject) in done for subject in subjects for point in grid)
-    with track("campaign", total, done=measured) as progress:
+    with track("campaign", len(grid) * len(subjects), done=measured) as progress:
         for subject in subjects:
-            missing = [point for point in grid if point.key(subject) not in done]
-            model = subject.load() if missing else None
-            for point in missing:
-                assert model is not None
+            model: nn.Module | None = None
+            for point in grid:
+                key = point.key(subject)
+                if key in done:
+                    continue
+                if _settled(point, subject, done, config):
+                    progress.advance()
+                    continue
+                model = subject.load() if model is None else model
                 record = _measure(subject, model, point, images, config=config, hardware=hardware, seed=seed)
                 journal.append(record)
+                done[key] = float(record["accuracy"])
                 progress.advance(f"{subject.name}, {record['fault']} {point.rate:g}: {record['accuracy']:.1%}")
     return [dict(record) for record in journal.records()]
+
+
+def _settled(point: _Point, subject: Subject, done: dict[tuple[Any, ...], float], config: CampaignConfig) -> bool:
+    """Tell whether the devices before this one are enough for the half-width that was asked for.
+
+    It depends on the records alone, so that a campaign that was interrupted stops where one left alone does.
+    """
+    if config.half_width is None or point.device is None:
+        return False
+    before = [point._replace(device=device).key(subject) for device in range(point.device)]
+    if any(key not in done for key in before):
+        return True  # an earlier device was left out, since those before it were enough
+    values = [done[key] for key in before]
+    return len(values) >= MIN_DEVICES and enough(values, half_width=config.half_width)
 
 
 def _grid(config: CampaignConfig) -> Iterator[_Point]:
@@ -153,22 +207,25 @@ def _measure(
     hardware: Hardware,
     seed: int,
 ) -> dict[str, Any]:
-    under = hardware.with_fault(point.sweep.fault).with_rate(point.rate)
+    sweep = point.sweep
+    under = hardware.with_fault(sweep.fault, *(sweep.also if point.rate else ())).with_rate(point.rate)
     device_seed = seed_for(seed, "device", point.device or 0)
     with under.inject(model, seed=device_seed, errors=config.errors) as injection:
-        correct = correct_predictions(model, images.batches(config.batch_size))
-    record = injection.record
+        found = answers(model, images.batches(config.batch_size))
+    record, correct = injection.record, found.correct
     return {
         "schema": SCHEMA,
         "model": subject.name,
         "train_seed": subject.train_seed,
         "training": subject.training,
-        "fault": point.sweep.fault.name,
-        "rate_name": point.sweep.fault.rate_name,
+        "fault": sweep.label,
+        "rate_name": sweep.fault.rate_name,
         "rate": point.rate,
         "device": point.device,
         "accuracy": float(correct.double().mean()),
         "num_images": len(correct),
+        "nonfinite": int(found.nonfinite.sum()),
+        "nonfinite_weights": record.nonfinite,
         "hits": record.hits,
         "sites": record.sites,
         "flops": subject.complexity.flops,

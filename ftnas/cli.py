@@ -106,8 +106,9 @@ def _open_run(
         raise ValueError("give a config (ftnas configs lists those that ship), or --resume RUN")
     short = [f"{key}={value}" for key, value in (("device", device), ("seed", seed)) if value is not None]
     resolved = read_config(config, [*overrides, *short])
-    if needs is not None and getattr(resolved, needs) is None:
-        raise ValueError(f"the config {resolved.name!r} has no {needs} section; ftnas configs shows what each has")
+    if needs is not None and not getattr(resolved, needs):
+        section = "campaign, single_faults or protections" if needs == "evaluates" else needs
+        raise ValueError(f"the config {resolved.name!r} has no {section} section; ftnas configs shows what each has")
     path = out if out is not None else Path("runs") / resolved.name
     return resolved, RunDir.create(path, resolved.model_dump(mode="json"), overwrite=overwrite)
 
@@ -117,7 +118,7 @@ def run_command(pipeline: Pipeline) -> None:
     """Do every stage of CONFIG: search, train, campaign, report."""
     for _, stage in pipeline.stages():
         stage()
-    if pipeline.config.campaign is not None:
+    if pipeline.config.evaluates:
         _report(pipeline.run.path)
 
 
@@ -136,9 +137,9 @@ def train_command(pipeline: Pipeline) -> None:
     click.echo(f"written to {pipeline.run.path / 'train'}")
 
 
-@_config_command("campaign", needs="campaign")
+@_config_command("campaign", needs="evaluates")
 def campaign_command(pipeline: Pipeline) -> None:
-    """Measure models on the test set, under the faults in the campaign section of CONFIG."""
+    """Measure models on the test set: fault rates, single faults and protection, as CONFIG says."""
     pipeline.campaign()
     _report(pipeline.run.path)
 

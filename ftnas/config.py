@@ -13,9 +13,11 @@ from ftnas.campaign import CampaignConfig
 from ftnas.data import DataConfig
 from ftnas.faults.hardware import Hardware
 from ftnas.models import ModelConfig
+from ftnas.protection import ProtectionConfig
 from ftnas.search import SearchConfig
 from ftnas.settings import Count, Settings, parse
 from ftnas.shipped import find_file, shipped_names
+from ftnas.single import SingleFaultConfig
 from ftnas.train import TrainConfig, check_alpha
 
 FOLDER = "configs"
@@ -84,8 +86,10 @@ class RunConfig(Settings):
         search: The architecture search.
         control: A second search to compare with, e.g. a random one of equal budget.
         train: Final trainings.
-        campaign: Evaluation on the test set.
-        models: Further trained models for the campaign.
+        campaign: Evaluation at fault rates, on the test set.
+        single_faults: Evaluation of single faults, on the test set.
+        protections: What to protect; chosen on training images, measured on the test set.
+        models: Further trained models to evaluate.
     """
 
     version: Literal[1]
@@ -100,6 +104,8 @@ class RunConfig(Settings):
     control: SearchConfig | None = None
     train: TrainStage | None = None
     campaign: CampaignConfig | None = None
+    single_faults: tuple[SingleFaultConfig, ...] = ()
+    protections: tuple[ProtectionConfig, ...] = ()
     models: dict[Name, GivenModel] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -114,11 +120,20 @@ class RunConfig(Settings):
             for name, model in self.train.models.items():
                 if model.genotype in SEARCHES and getattr(self, model.genotype) is None:
                     raise ValueError(f"train.models.{name} takes the genotype of a {model.genotype} that is not there")
-        if self.models and self.campaign is None:
+        if self.models and not self.evaluates:
             raise ValueError("models are for a campaign, and there is none; add a campaign or remove them")
-        if self.campaign is not None and self.train is None and not self.models:
+        if self.evaluates and self.train is None and not self.models:
             raise ValueError("a campaign needs models: a train section, or trained ones under models")
+        for section in ("single_faults", "protections"):
+            labels = [entry.label for entry in getattr(self, section)]
+            if len(set(labels)) < len(labels):
+                raise ValueError(f"{section}: names must differ, got {', '.join(labels)}; give one a name of its own")
         return self
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything for ``ftnas campaign`` to do."""
+        return self.campaign is not None or bool(self.single_faults or self.protections)
 
 
 def config_names() -> list[str]:

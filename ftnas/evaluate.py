@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ftnas.faults import Injection
 
 Forward = Callable[[Tensor], Tensor]
+NONFINITE = -1
+"""In place of a class, where a logit is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -22,25 +25,50 @@ class Score:
     reward: float
 
 
-@torch.no_grad()
-def correct_predictions(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Tell for each image whether the top-1 class is right.
+class Answers(NamedTuple):
+    """What a model said of N images.
 
-    A non-finite output counts as wrong: its comparison with any number is false.
+    Attributes:
+        top1: int64 [N], the class with the largest logit; `NONFINITE` where a logit is NaN or infinite.
+        labels: int64 [N], the right class.
+    """
+
+    top1: Tensor
+    labels: Tensor
+
+    @property
+    def correct(self) -> Tensor:
+        """Where the answer is right: bool [N]. One with a NaN or an infinity is wrong."""
+        return self.top1 == self.labels
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Where there is no answer, since a logit is NaN or infinite: bool [N]."""
+        return self.top1 == NONFINITE
+
+
+@torch.no_grad()
+def top1(logits: Tensor) -> Tensor:
+    """Return the class of the largest logit of each row of [B, classes], int64 [B]; `NONFINITE` without one."""
+    return torch.where(torch.isfinite(logits).all(dim=1), logits.argmax(dim=1), NONFINITE)
+
+
+@torch.no_grad()
+def answers(model: Forward, batches: Iterable[tuple[Tensor, Tensor]]) -> Answers:
+    """Ask a model for its top-1 class of every image.
 
     Args:
         model: A module in evaluation mode, from images [B, C, H, W] to logits [B, classes].
         batches: Images and labels int64 [B], on the model's device.
 
     Returns:
-        bool [N], on the CPU.
+        The answers, on the CPU.
     """
-    parts = []
+    said, right = [], []
     for images, labels in batches:
-        logits = model(images)
-        finite = torch.isfinite(logits).all(dim=1)
-        parts.append((logits.argmax(dim=1) == labels) & finite)
-    return torch.cat(parts).cpu()
+        said.append(top1(model(images)))
+        right.append(labels)
+    return Answers(torch.cat(said).cpu(), torch.cat(right).cpu())
 
 
 @torch.no_grad()
@@ -77,4 +105,4 @@ def score(
 
 
 def _num_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.argmax(dim=1) == labels).sum()
+    return (top1(logits) == labels).sum()

@@ -15,10 +15,12 @@ from ftnas.config import SEARCHES, GivenModel, RunConfig
 from ftnas.data import ImageSet, load, stratified_split
 from ftnas.derive import WINNER
 from ftnas.models import ModelConfig, build_spec, count, describe, load_model, save_model
+from ftnas.protection import run_protection
 from ftnas.registry import import_name
 from ftnas.rng import seed_for
 from ftnas.rundir import Folder, RunDir
 from ftnas.search import Search, SearchConfig
+from ftnas.single import run_single_faults
 from ftnas.space import Genotype
 from ftnas.storage import load_checkpoint
 from ftnas.train import clean_accuracy, fit, fit_by_rate_protocol
@@ -92,22 +94,21 @@ class Pipeline:
 
     def campaign(self) -> None:
         """Measure every trained model on the test set; this is the only stage that reads it."""
-        config = self.config.campaign
-        if config is None:
-            raise ValueError(f"the config {self.config.name!r} has no campaign section")
+        config = self.config
+        if not config.evaluates:
+            raise ValueError(f"the config {config.name!r} has no campaign, single_faults or protections section")
         subjects = list(self._subjects())
-        images = load(self.config.data, "test").to(self.device)
-        if config.images is not None and config.images < images.num_images:
-            chosen, _ = stratified_split(images.labels, config.images / images.num_images, seed=0)
-            images = images.subset(chosen)
-        run_campaign(
-            subjects,
-            images,
-            config=config,
-            hardware=self.config.hardware,
-            seed=seed_for(self.config.seed, "campaign"),
-            folder=self.run,
-        )
+        images = load(config.data, "test").to(self.device)
+        seed, hardware = seed_for(config.seed, "campaign"), config.hardware
+        if config.campaign is not None:
+            chosen = _some(images, config.campaign.images)
+            run_campaign(subjects, chosen, config=config.campaign, hardware=hardware, seed=seed, folder=self.run)
+        for single in config.single_faults:
+            chosen = _some(images, single.images)
+            run_single_faults(subjects, chosen, config=single, hardware=hardware, seed=seed, folder=self.run)
+        for protection in config.protections:
+            choosing = _some(self.train_images, protection.images)
+            run_protection(subjects, choosing, images, config=protection, hardware=hardware, seed=seed, folder=self.run)
 
     def stages(self) -> list[tuple[str, Callable[[], object]]]:
         """Return the stages that the config asks for, in order."""
@@ -116,7 +117,7 @@ class Pipeline:
         ]
         if self.config.train is not None:
             stages.append(("train", self.train))
-        if self.config.campaign is not None:
+        if self.config.evaluates:
             stages.append(("campaign", self.campaign))
         return stages
 
@@ -143,7 +144,7 @@ class Pipeline:
             image_size=min(images.shape[1:]),
         )
         if recipe.alpha_l == 0.0:
-            hardware = hardware.with_fault(None)
+            hardware = hardware.without_faults()
 
         def build() -> nn.Module:
             return build_spec(spec, seed=seed, allow_factory=True).to(self.device)
@@ -232,6 +233,14 @@ def _from_factory(given: GivenModel, *, num_classes: int, in_channels: int) -> n
         problem = str(error).splitlines()[-1].strip()
         raise ValueError(f"{given.checkpoint}: does not fit {given.factory!r}: {problem}") from None
     return network
+
+
+def _some(images: ImageSet, number: int | None) -> ImageSet:
+    """Return that many of the images, stratified, always the same ones; all of them for None."""
+    if number is None or number >= images.num_images:
+        return images
+    chosen, _ = stratified_split(images.labels, number / images.num_images, seed=0)
+    return images.subset(chosen)
 
 
 def _copy(source: Path, target: Path) -> None:

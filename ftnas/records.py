@@ -6,8 +6,9 @@ import base64
 import binascii
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import pydantic
@@ -26,6 +27,7 @@ from ftnas.stats import (
 from ftnas.storage import read_journal
 
 SCHEMA = 1
+IntervalKind = Literal["student", "bootstrap"]
 
 
 class Record(BaseModel):
@@ -33,7 +35,9 @@ class Record(BaseModel):
 
     Attributes:
         device: The device's seed number; None at rate 0.
+        rate: Of the sweep, or its sigma.
         accuracy: In [0, 1].
+        nonfinite: Images for which the model gave NaN or an infinity; they count as wrong.
         correct: Base64 of ``numpy.packbits`` of each image's correctness; None where it was not kept.
         flops: 2 x MAC for one image.
     """
@@ -45,12 +49,13 @@ class Record(BaseModel):
     training: str
     fault: str
     rate_name: str
-    rate: Rate
+    rate: Annotated[float, Field(ge=0.0)]
     device: int | None
     accuracy: Rate
     num_images: int = Field(ge=1)
     flops: int
     params: int
+    nonfinite: int = 0
     correct: str | None = None
 
     def images(self) -> np.ndarray | None:
@@ -127,6 +132,7 @@ class Comparison:
         notes: What was left out, and why.
         num_images: Of the test set.
         devices: All device seeds.
+        interval: How intervals over devices are made where there is one training seed.
     """
 
     models: list[Model]
@@ -135,6 +141,7 @@ class Comparison:
     notes: list[str]
     num_images: int
     devices: list[int]
+    interval: IntervalKind = "student"
     _points: dict[tuple[str, str, float], dict[tuple[int, int | None], Record]] = field(repr=False)
 
     def values(
@@ -171,14 +178,16 @@ class Comparison:
     def summary(self, fault: str, model: str, rates: Sequence[float]) -> tuple[Interval, Interval | None] | None:
         """Return the mean accuracy with its 95% interval, and with several training seeds the t interval over them.
 
-        With one training seed: Student's t over devices. With several: the hierarchical bootstrap over training
-        seeds, and over the devices and images that they share.
+        With one training seed: Student's t over devices, or the bootstrap over devices and images. With several: the
+        hierarchical bootstrap over training seeds, and over the devices and images that they share.
         """
         found = self.values(fault, model, rates)
         if found is None:
             return None
         array = found[0]
         if len(array) == 1:
+            if self.interval == "bootstrap" and array.shape[1] > 1:
+                return _device_bootstrap(array[0]), None
             return mean_interval(_device_means(array)), None
         return hierarchical_bootstrap(array, crossed=range(1, array.ndim)), seed_interval(array)
 
@@ -196,7 +205,9 @@ class Comparison:
         if a.ndim != b.ndim or a.shape[1:] != b.shape[1:]:
             a, b = (x.mean(axis=2) if x.ndim == 3 else x for x in (a, b))
         over_seeds = None
-        if len(a) == len(b) == 1:
+        if len(a) == len(b) == 1 and self.interval == "bootstrap" and a.shape[1] > 1:
+            interval = _device_bootstrap(a[0] - b[0])
+        elif len(a) == len(b) == 1:
             interval = paired_difference(_device_means(a), _device_means(b))
         else:
             interval = hierarchical_paired_difference(a, b)
@@ -211,8 +222,16 @@ def _device_means(array: np.ndarray) -> np.ndarray:
     return means
 
 
-def read_comparison(path: Path) -> Comparison:
+def _device_bootstrap(array: np.ndarray) -> Interval:
+    """Return the mean of [device, ...] with the bootstrap over devices, and over the images that they share."""
+    found = hierarchical_bootstrap(array, crossed=range(1, array.ndim))
+    return replace(found, method="bootstrap over devices and images" if array.ndim > 1 else "bootstrap over devices")
+
+
+def read_comparison(path: Path, *, interval: IntervalKind = "student") -> Comparison:
     """Read ``records.jsonl``. A torn last line and a repeated measurement are left out, and noted.
+
+    ``interval`` is how intervals over devices are made where there is one training seed: Student's t, or the bootstrap.
 
     Raises:
         ValueError: One line: no records, a schema of another version, or a record with a wrong value.
@@ -245,6 +264,7 @@ def read_comparison(path: Path) -> Comparison:
         notes=[*notes, *_gaps(points)],
         num_images=records[0].num_images,
         devices=sorted({record.device for record in records if record.device is not None}),
+        interval=interval,
         _points=points,
     )
 
@@ -274,6 +294,10 @@ def _gaps(points: dict[tuple[str, str, float], dict[tuple[int, int | None], Reco
         short = [name for name in names if counts[name] / seeds[name] < max(counts[n] / seeds[n] for n in names)]
         if short:
             notes.append(f"{fault}, rate {rate:g}: not all devices were measured for {', '.join(short)}.")
+    broken = {name: sum(r.nonfinite for p in points if p[1] == name for r in points[p].values()) for name in names}
+    notes += [
+        f"{name}: {count} answers were NaN or infinite; they count as wrong." for name, count in broken.items() if count
+    ]
     return notes
 
 

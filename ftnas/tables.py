@@ -122,8 +122,9 @@ class Report:
         seeds = max(len(model.seeds) for model in self.comparison.models)
         data = f"{self.comparison.num_images} test images, {len(self.comparison.devices)} devices a rate"
         if seeds == 1:
+            how = "Student t" if self.comparison.interval == "student" else "bootstrap of devices and images"
             return (
-                f"95% intervals over devices (Student t; differences paired by device); {data}, one training seed: "
+                f"95% intervals over devices ({how}; differences paired by device); {data}, one training seed: "
                 "they tell nothing about another training."
             )
         return (

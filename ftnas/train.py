@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 from ftnas.data import AugmentConfig, ImageSet
-from ftnas.evaluate import Forward, correct_predictions
+from ftnas.evaluate import Forward, answers
 from ftnas.faults import Injection
 from ftnas.faults.hardware import Hardware
 from ftnas.progress import track
@@ -287,7 +287,7 @@ def finite_means(sums: Tensor, count: int, *, where: str) -> list[float]:
 
 def check_alpha(alpha_l: float, hardware: Hardware, name: str) -> None:
     """Refuse a weight of the faulty loss without faults, which would have no effect."""
-    if alpha_l > 0.0 and hardware.fault is None:
+    if alpha_l > 0.0 and not hardware.faulty:
         raise ValueError(f"{name}={alpha_l:g} weighs the faulty loss, and there is no fault model; set it to 0")
 
 
@@ -296,8 +296,8 @@ def clean_accuracy(model: nn.Module, images: ImageSet, *, hardware: Hardware, ba
     training = model.training
     model.eval()
     try:
-        with hardware.with_fault(None).inject(model, seed=0):
-            return float(correct_predictions(model, images.batches(batch_size)).float().mean())
+        with hardware.without_faults().inject(model, seed=0):
+            return float(answers(model, images.batches(batch_size)).correct.float().mean())
     finally:
         model.train(training)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ftnas.evaluate import correct_predictions, score
+from ftnas.evaluate import NONFINITE, answers, score
 from ftnas.faults import MiBB
 from ftnas.faults.hardware import Hardware
 
@@ -57,4 +57,6 @@ def test_outputs_that_are_not_finite_are_wrong():
             return torch.stack([x, torch.full_like(x, float("nan"))], dim=1)
 
     labels = torch.zeros(4, dtype=torch.int64)
-    assert correct_predictions(Broken(), [(torch.ones(4), labels)]).tolist() == [False] * 4
+    found = answers(Broken(), [(torch.ones(4), labels), (torch.ones(2), labels[:2])])
+    assert found.top1.tolist() == [NONFINITE] * 6
+    assert found.nonfinite.all() and not found.correct.any()

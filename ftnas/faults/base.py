@@ -222,6 +222,10 @@ class Fault(Settings, ABC):
         """Return how many bits of a word, from the lowest on, can be hit; None for a model that hits whole values."""
         return None
 
+    def num_codes(self, site: Site) -> int:
+        """Return how many different things can happen to a unit, codes 0, 1, ...; 0 where they cannot be counted."""
+        return 1
+
     def bits_hit(self, plan: Plan) -> Tensor:
         """Return which bit of the word each entry of a plan hits, int64 [K]; only for a model with `num_bits`."""
         raise NotImplementedError

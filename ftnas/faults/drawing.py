@@ -53,6 +53,7 @@ class Drawing:
         self.hard = hard
         self.given = given
         self.last: dict[Key, Plan] = {}
+        self.sites: dict[Key, Site] = {}
         self._seed = seed
         self._on_device = draw_on == "device"
         self._kept: dict[Key, tuple[Label, Plan]] = {}
@@ -81,6 +82,7 @@ class Drawing:
             if site.layer not in placed.layers:
                 continue
             key = (placed.number, site.layer, index)
+            self.sites[key] = site
             found = self._drawn(placed, key, site, draw, device) if self.given is None else self._given(key, site)
             if found is None:
                 continue

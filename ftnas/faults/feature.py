@@ -57,6 +57,10 @@ class MiBB(Fault):
         """Return the number of bits that can be hit."""
         return site.word_bits
 
+    def num_codes(self, site: Site) -> int:
+        """Return the number of pairs of alpha and beta."""
+        return 2 * site.word_bits
+
     def bits_hit(self, plan: Plan) -> Tensor:
         """Return alpha of each entry, int64 [K]."""
         return plan.codes >> 1

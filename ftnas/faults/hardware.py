@@ -1,14 +1,20 @@
-"""The faulty hardware of a run: number formats, fault model, and which layers it hits."""
+"""The faulty hardware of a run: number formats, fault models, and which layers they hit."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PlainSerializer, field_validator
+from pydantic import BeforeValidator, PlainSerializer, field_validator, model_validator
 from torch import nn
 
-from ftnas.faults.base import Fault, create_fault
-from ftnas.faults.inject import DrawOn, Errors, Injection, inject
+from ftnas.faults.base import Fault, Where, create_fault
+from ftnas.faults.defects import KIND as DEFECT_MAP
+from ftnas.faults.defects import DefectMap
+from ftnas.faults.drawing import DrawOn
+from ftnas.faults.inject import Errors, Injection, inject
+from ftnas.faults.plans import PlanSet, kind_of
 from ftnas.quantize import Quantization
 from ftnas.settings import Settings
 
@@ -29,30 +35,53 @@ class Hardware(Settings):
     """What a network is trained for or evaluated on.
 
     Attributes:
-        fault: Fault model; None for hardware without faults.
+        fault: Fault model, whose rate sweeps vary; None for hardware without faults.
+        also: Further fault models in the same injection, at their own rates, each perhaps with a ``where`` of its own.
+        defects: File of a known device, a defect map or plans, in place of fault models.
         quantization: Number formats of weights and features; both 8-bit dynamic fixed point by default.
-        layers: Which layers are faulted: type names or name patterns; None for every Conv2d and Linear. The paper's
-            experiments fault convolutions only.
+        layers: Which layers are faulted: type names, name patterns or depths; None for every Conv2d and Linear. The
+            paper's experiments fault convolutions only.
+        protect: What is never hit: layers as above, or ``{layers: ..., channels: ..., bits: ...}``.
     """
 
     fault: AnyFault | None = None
+    also: tuple[AnyFault, ...] = ()
+    defects: str | None = None
     quantization: Quantization = Quantization()
     layers: tuple[str, ...] | None = ("conv2d",)
+    protect: tuple[str | Where, ...] = ()
 
     @field_validator("layers", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    def with_fault(self, fault: Fault | None) -> Hardware:
-        """Return the same hardware under another fault model."""
-        return self.model_copy(update={"fault": fault})
+    @model_validator(mode="after")
+    def _one_source(self) -> Hardware:
+        if self.also and self.fault is None:
+            raise ValueError("also adds to a fault model, and there is none; give the first one as fault")
+        if self.defects is not None and (self.fault is not None or self.protect):
+            raise ValueError("defects say themselves what is hit; remove fault, also and protect, or defects")
+        return self
+
+    @property
+    def faulty(self) -> bool:
+        """Whether there are faults at all."""
+        return self.fault is not None or self.defects is not None
+
+    def without_faults(self) -> Hardware:
+        """Return the same number formats without any fault."""
+        return self.model_copy(update={"fault": None, "also": (), "defects": None, "protect": ()})
+
+    def with_fault(self, fault: Fault, *also: Fault) -> Hardware:
+        """Return the same hardware under other fault models."""
+        return self.model_copy(update={"fault": fault, "also": also, "defects": None})
 
     def with_rate(self, rate: float) -> Hardware:
         """Return the same hardware at another rate of its fault model."""
         if self.fault is None:
             raise ValueError(f"hardware without a fault model has no rate to set to {rate:g}")
-        return self.with_fault(self.fault.with_rate(rate))
+        return self.model_copy(update={"fault": self.fault.with_rate(rate)})
 
     def inject(
         self,
@@ -62,21 +91,39 @@ class Hardware(Settings):
         errors: Errors | None = None,
         mask_gradients: bool = False,
         draw_on: DrawOn = "cpu",
+        bounds: Mapping[str, float] | None = None,
     ) -> Injection:
-        """Put this hardware under a model; see `ftnas.inject`."""
+        """Put this hardware under a model; see `ftnas.inject`. A known device knows neither ``seed`` nor ``errors``."""
+        if self.defects is not None:
+            plans = load_device(self.defects)
+            return inject(model, plans=plans, quantization=self.quantization, mask_gradients=mask_gradients)
         return inject(
             model,
             *([] if self.fault is None else [self.fault]),
+            *self.also,
             quantization=self.quantization,
             seed=seed,
             layers=self.layers,
+            protect=self.protect,
             errors=errors,
             mask_gradients=mask_gradients,
             draw_on=draw_on,
+            bounds=bounds,
         )
 
     def label(self) -> str:
         """Return a short name for tables, e.g. ``mibb 0.0003``, or ``clean``."""
+        if self.defects is not None:
+            return f"device {Path(self.defects).stem}"
         if self.fault is None:
             return "clean"
-        return f"{self.fault.name} {getattr(self.fault, self.fault.rate_name):.3g}"
+        return " + ".join(f"{fault.name} {getattr(fault, fault.rate_name):.3g}" for fault in (self.fault, *self.also))
+
+
+def load_device(path: str | Path) -> PlanSet:
+    """Read a known device from a file of `DefectMap` or of `PlanSet`.
+
+    Raises:
+        ValueError: One line: no such file, or neither of the two.
+    """
+    return DefectMap.load(path).plans() if kind_of(path) == DEFECT_MAP else PlanSet.load(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NoReturn
 
@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ftnas.faults.activation import ActivationMode
 from ftnas.faults.base import Fault, Plan, Site
 from ftnas.faults.changes import Change, Watch
-from ftnas.faults.drawing import Drawing, DrawOn, Key
-from ftnas.faults.memory import positions, storage
-from ftnas.faults.place import Protect, check, feature_site, place, weight_format, weight_site
+from ftnas.faults.drawing import Drawing, DrawOn, Key, Placed
+from ftnas.faults.memory import positions, restrict_range, storage
+from ftnas.faults.place import Protect, check, check_bounds, feature_site, place, weight_format, weight_site
 from ftnas.faults.plans import PlanSet
 from ftnas.faults.record import InjectionRecord, Tally
 from ftnas.faults.select import LAYER_TYPES, Layers, find_layers
@@ -39,6 +39,7 @@ def inject(
     plans: PlanSet | None = None,
     mask_gradients: bool = False,
     draw_on: DrawOn = "cpu",
+    bounds: Mapping[str, float] | None = None,
     watch: bool = False,
 ) -> Injection:
     """Put faults and fixed point into a model, inside a ``with`` block.
@@ -62,6 +63,8 @@ def inject(
         mask_gradients: Stop gradients at faulty positions; by default they flow.
         draw_on: ``cpu`` gives the same plans on every kind of device; ``device`` never waits for the device, for
             training.
+        bounds: Layer -> largest magnitude of its features, as a calibration found it: what lies beyond, before
+            quantization or after a fault, is clipped to it, and NaN becomes 0 (range restriction).
         watch: Keep every change that a fault makes, for `Injection.changes`; for looking, not for speed.
 
     Returns:
@@ -100,6 +103,7 @@ def inject(
             drawing("feature", "point", errors == "hard"),
             drawing("feature", "buffer", errors == "hard"),
         ),
+        bounds=check_bounds(bounds or {}, candidates),
         mask_gradients=mask_gradients,
         watch=watch,
     )
@@ -121,10 +125,12 @@ class Injection:
         *,
         formats: tuple[FixedPoint | FloatFormat | None, FixedPoint | None],
         drawings: tuple[Drawing, Drawing, Drawing],
+        bounds: Mapping[str, float],
         mask_gradients: bool,
         watch: bool,
     ) -> None:
         self.draw = 0
+        self._bounds = bounds
         self._model = model
         self._layers = find_layers(model)
         self._faults = tuple(faults)
@@ -155,6 +161,14 @@ class Injection:
         for drawing in (self._weights, self._features, self._buffers):
             found |= {key: plan.to(torch.device("cpu")).compact() for key, plan in drawing.last.items()}
         return PlanSet(self._faults, dict(sorted(found.items(), key=lambda item: item[0][0])))
+
+    def sites(self) -> dict[Key, tuple[Site, Placed]]:
+        """Return the tensors that faults have met so far: what each is, and what of it the fault model can hit."""
+        found: dict[Key, tuple[Site, Placed]] = {}
+        for drawing in (self._weights, self._features, self._buffers):
+            placed = {entry.number: entry for entry in drawing.placed}
+            found |= {key: (site, placed[key[0]]) for key, site in drawing.sites.items()}
+        return found
 
     def replay(self, plans: PlanSet) -> None:
         """Use other plans from the next forward on, in an injection that was made with plans of the same faults."""
@@ -212,7 +226,7 @@ class Injection:
     def _attach(self) -> None:
         root, undo = self._model, self._undo
         undo.append(root.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True).remove)
-        if self._quantizes or self._features or self._buffers:
+        if self._sees_features:
             for name, module in root.named_modules():
                 if isinstance(module, (*LAYER_TYPES, _BatchNorm)):
                     undo.append(module.register_forward_hook(self._feature_hook(name, module)).remove)
@@ -228,13 +242,13 @@ class Injection:
         self._undo = []
 
     @property
-    def _quantizes(self) -> bool:
-        return self._feature_format is not None
+    def _sees_features(self) -> bool:
+        return self._feature_format is not None or bool(self._features or self._buffers or self._bounds)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.finding:
             return
-        if module.training not in self._points and (self._quantizes or self._features or self._buffers):
+        if module.training not in self._points and self._sees_features:
             self.finding = True
             try:
                 self._points[module.training] = find_feature_points(module, args, kwargs)
@@ -275,6 +289,8 @@ class Injection:
     def _feature(self, call: Call, feature: Tensor) -> Tensor:
         """Quantize and fault the feature point of a layer call: [batch, ...], any float dtype."""
         layer, index = call
+        bound = self._bounds.get(layer)
+        feature = feature if bound is None else restrict_range(feature, bound)
         site = feature_site(layer, self._layers[layer], feature, self._feature_format)
         if self._activations is None or not self._points[self._model.training].activated(call):
             return self._store(feature, site, self._feature_format, (self._features, self._buffers), index)
@@ -344,6 +360,8 @@ class Injection:
             fault = placed.fault
             before = self._watch.values(out, plan) if self._watch is not None else None
             fault.apply_(out, plan, grid)
+            if fault.target == "feature" and site.layer in self._bounds:
+                restrict_range(out, self._bounds[site.layer], out=out)
             plans.append(plan)
             if self._watch is not None and before is not None:
                 self._watch.add(fault, site, index, plan, (before, self._watch.values(out, plan)))

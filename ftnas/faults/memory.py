@@ -47,3 +47,8 @@ def set_at_(values: Tensor, at: Tensor, new: Tensor, valid: Tensor) -> Tensor:
     one = torch.where(valid[first], new[first], memory[at[first]])
     memory.index_copy_(0, torch.where(valid, at, at[first]), torch.where(valid, new, one))
     return values
+
+
+def restrict_range(values: Tensor, bound: float, *, out: Tensor | None = None) -> Tensor:
+    """Return values clipped to [-bound, bound], NaN as 0, into ``out`` if given."""
+    return torch.clamp(torch.nan_to_num(values, nan=0.0, out=out), -bound, bound, out=out)

@@ -76,6 +76,10 @@ class NeuronByzantine(_NeuronFault):
 
     name: ClassVar[str] = "neuron_byzantine"
 
+    def num_codes(self, site: Site) -> int:
+        """Return 0: a lie is a real number."""
+        return 0
+
     def sample(self, site: Site, *, generator: torch.Generator) -> Plan:
         """Draw the lying neurons; codes are what each value sends as a share of C, float32 [K * span] in [-1, 1]."""
         plan = self.draw(site, generator)

@@ -11,6 +11,7 @@ from ftnas.faults.base import Fault, Site, Where
 from ftnas.faults.drawing import Placed
 from ftnas.faults.select import Layers, Predicate, macs_per_output, select_layers
 from ftnas.quantize import FixedPoint, FloatFormat, Quantization
+from ftnas.settings import did_you_mean
 
 Protect = str | Predicate | Where | Sequence[str | Predicate | Where]
 
@@ -84,6 +85,20 @@ def _protected(
         else:
             parts.append((names, entry))
     return whole, parts
+
+
+def check_bounds(bounds: Mapping[str, float], candidates: Mapping[str, nn.Module]) -> dict[str, float]:
+    """Return bounds of features by layer.
+
+    Raises:
+        ValueError: A layer that the model lacks, or a bound that is not above 0.
+    """
+    for layer, bound in bounds.items():
+        if layer not in candidates:
+            raise ValueError(f"bounds: the model has no layer {layer!r}; {did_you_mean(layer, candidates)}")
+        if not bound > 0.0:
+            raise ValueError(f"bounds: {layer!r} needs a bound above 0, got {bound}")
+    return dict(bounds)
 
 
 def weight_format(given: FixedPoint | None, faults: Sequence[Fault]) -> FixedPoint | FloatFormat | None:

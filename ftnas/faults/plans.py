@@ -139,6 +139,16 @@ def write_archive(path: str | Path, header: Mapping[str, Any], arrays: Mapping[s
     atomic_write(Path(path), buffer.getvalue())
 
 
+def kind_of(path: str | Path) -> str | None:
+    """Return what kind of file of `write_archive` this is; None where it is none."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            header = json.loads(archive[_HEADER].tobytes())
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError):
+        return None
+    return header.get("kind") if isinstance(header, dict) else None
+
+
 def read_archive(path: str | Path, kind: str, schema: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Read a file of `write_archive`, of the given kind and schema; nothing in it is executed.
 

@@ -51,6 +51,10 @@ class _StuckAt(Fault):
         rates = {"sa0_rate": self.sa0_rate * scale, "sa1_rate": self.sa1_rate * scale}
         return parse(type(self), {**self.model_dump(), **rates}, where=self.name)
 
+    def num_codes(self, site: Site) -> int:
+        """Return 2: a unit is stuck at 0 or at 1."""
+        return 2
+
     def draw(self, site: Site, units_per_value: int, generator: torch.Generator) -> Plan:
         """Draw stuck units, ``units_per_value`` for each value; code 0 is SAF0, code 1 is SAF1."""
         population = site.num_values * units_per_value

@@ -35,6 +35,10 @@ class _Variation(Fault):
             raise ValueError(f"variation has no error rate that persistence could multiply, got {self.persistence:g}")
         return self
 
+    def num_codes(self, site: Site) -> int:
+        """Return 0: every weight varies, by a real number."""
+        return 0
+
     def sample(self, site: Site, *, generator: torch.Generator) -> Plan:
         """Draw z for every weight, float32 [N]; with sigma 0 nothing varies and the plan is empty."""
         count = site.num_values if self.sigma else 0

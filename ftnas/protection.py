@@ -1,0 +1,296 @@
+"""What to protect: which layers to triplicate, ECC-protect or clip within a budget; predicted, then measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ftnas.campaign import Subject
+from ftnas.data import ImageSet
+from ftnas.evaluate import answers
+from ftnas.faults.hardware import AnyFault, Hardware
+from ftnas.faults.select import LAYER_TYPES, find_layers, macs_per_output, select_layers
+from ftnas.faults.trace import trace_feature_points
+from ftnas.progress import Tracker, track
+from ftnas.rng import seed_for
+from ftnas.rundir import Folder, Journal
+from ftnas.settings import Count, Positive, Rate, Settings
+
+RECORDS = "protection.jsonl"
+SCHEMA = 1
+
+Method = Literal["triplicate", "ecc", "clip"]
+
+
+class ProtectionConfig(Settings):
+    """A what-if: the best layers to protect against one fault model at one rate.
+
+    How much each layer matters is measured on held-out training images, by faults in that layer alone. Layers are then
+    taken by benefit per cost while the budget lasts, and what comes out is measured on the test images.
+
+    Attributes:
+        fault: The fault model, at the rate to protect against.
+        name: What records and tables call it; the fault model's name and the method when left out.
+        method: ``triplicate``: the layer is computed three times and voted, at twice its multiply-accumulates more.
+            ``ecc``: its words carry a SECDED code, at that many check bits more; all errors in them count as corrected.
+            ``clip``: its features are clipped to the largest magnitude that calibration saw, at one operation a value.
+        budget: Largest overhead, as a share of all multiply-accumulates (``triplicate``, ``clip``) or of all weight
+            bits (``ecc``).
+        target: Accuracy to keep; the cheapest protection that is measured to keep it is recommended. None: the best
+            within the budget.
+        devices: Devices per measurement.
+        images: Training images to choose on, stratified.
+        batch_size: Images per forward.
+    """
+
+    fault: AnyFault
+    name: str | None = None
+    method: Method
+    budget: Positive
+    target: Annotated[Rate, Field(gt=0.0)] | None = None
+    devices: Count = 10
+    images: Count = 500
+    batch_size: Count = 200
+
+    @property
+    def label(self) -> str:
+        """What records and tables call it."""
+        return self.name or f"{self.fault.name}, {self.method}"
+
+
+def overheads(model: nn.Module, image: Tensor, method: Method, bits: int) -> dict[str, float]:
+    """Return what it costs to protect each Conv2d and Linear, as a share of the whole model's MACs or weight bits.
+
+    Args:
+        model: In evaluation mode.
+        image: One image, [1, C, H, W].
+        method: How a layer is protected.
+        bits: Width of a weight's word.
+    """
+    values: dict[str, int] = {}
+
+    def seen(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            values[name] = values.get(name, 0) + output.numel()
+
+        return hook
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)}
+    handles = [module.register_forward_hook(seen(name)) for name, module in layers.items()]
+    try:
+        with torch.no_grad():
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if method == "ecc":
+        total = sum(module.weight.numel() for module in layers.values())
+        share = check_bits(bits) / bits
+        return {name: share * layers[name].weight.numel() / total for name in values}
+    macs = {name: number * macs_per_output(layers[name]) for name, number in values.items()}
+    total = sum(macs.values())
+    if method == "clip":
+        return {name: number / total for name, number in values.items()}
+    return {name: 2.0 * number / total for name, number in macs.items()}
+
+
+def check_bits(bits: int) -> int:
+    """Return the check bits of a Hamming code that corrects one and detects two errors in a word of ``bits``."""
+    check = 1
+    while 2**check < bits + check + 1:
+        check += 1
+    return check + 1
+
+
+def run_protection(
+    subjects: Sequence[Subject],
+    choosing: ImageSet,
+    testing: ImageSet,
+    *,
+    config: ProtectionConfig,
+    hardware: Hardware,
+    seed: int,
+    folder: Folder,
+) -> None:
+    """Find out for every model what to protect; measurements that ``protection.jsonl`` holds are not made again.
+
+    Args:
+        subjects: Trained models.
+        choosing: Training images, on the device: what to choose on.
+        testing: Test images, on the device: what to measure on.
+        config: What to protect against, and how.
+        hardware: Number formats, faulted layers; its fault model plays no part here.
+        seed: Of the devices.
+        folder: Where ``protection.jsonl`` lies.
+    """
+    journal = folder.journal(RECORDS)
+    for subject in subjects:
+        _Study(subject, config=config, hardware=hardware, seed=seed, journal=journal).run(choosing, testing)
+
+
+class _Study:
+    """One model's what-if."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        *,
+        config: ProtectionConfig,
+        hardware: Hardware,
+        seed: int,
+        journal: Journal,
+    ) -> None:
+        self._subject, self._model, self._config = subject, subject.load(), config
+        self._under = hardware.with_fault(config.fault)
+        self._batch_size, self._seed, self._journal = config.batch_size, seed, journal
+        self._done = {_key_of(record): float(record["accuracy"]) for record in journal.records()}
+        self._bounds: dict[str, float] = {}
+
+    def run(self, choosing: ImageSet, testing: ImageSet) -> None:
+        """Choose on one set of images, measure on the other."""
+        config = self._config
+        image = next(iter(testing.batches(1)))[0]
+        with torch.no_grad(), self._under.inject(self._model, seed=0) as injection:
+            self._model(image)
+        layers = list(dict.fromkeys(site.layer for site, _ in injection.sites().values()))
+        costs = overheads(self._model, image, config.method, self._under.quantization.weights.bits)
+        if config.method == "clip":
+            self._bounds = feature_bounds(self._model, choosing, self._under, batch_size=self._batch_size)
+        with track(f"protect {self._subject.name}", 1 + (len(layers) + 1) * config.devices) as progress:
+            clean = self._measure("clean", (), choosing, progress)
+            whole = self._measure("unprotected", (), choosing, progress)
+            losses = {layer: max(0.0, clean - self._measure("alone", (layer,), choosing, progress)) for layer in layers}
+        order = chosen_order(losses, costs, config.budget)
+        steps = steps_of(order, losses, clean=clean, unprotected=whole, target=config.target)
+        with track(f"measure protected {self._subject.name}", len(steps) * config.devices) as progress:
+            self._measure("measured", (), testing, progress, overhead=0.0, predicted=whole)
+            for size, predicted in steps:
+                names = tuple(order[:size])
+                costs_of = sum(costs[name] for name in names)
+                accuracy = self._measure("measured", names, testing, progress, overhead=costs_of, predicted=predicted)
+                if config.target is not None and accuracy >= config.target:
+                    return
+
+    def _measure(
+        self, stage: str, names: tuple[str, ...], images: ImageSet, progress: Tracker, **facts: float
+    ) -> float:
+        """Return the mean accuracy over the devices, on hardware that the stage and the layers decide."""
+        under, bounds = self._under, None
+        if stage == "clean":
+            under = under.without_faults()
+        elif stage == "alone":
+            under = under.model_copy(update={"layers": names})
+        elif self._config.method == "clip":
+            bounds = {name: self._bounds[name] for name in names}
+        else:
+            under = under.model_copy(update={"protect": (*under.protect, *names)})
+        found = []
+        for device in range(1 if stage == "clean" else self._config.devices):
+            key = (self._subject.name, self._subject.train_seed, self._config.label, stage, names, device)
+            if key not in self._done:
+                self._done[key] = self._accuracy(under, bounds, device, images)
+                record = dict(zip(_KEYS, key, strict=True))
+                accuracy = self._done[key]
+                self._journal.append(
+                    {"schema": SCHEMA, **record, **facts, "accuracy": accuracy, "num_images": len(images.labels)}
+                )
+            found.append(self._done[key])
+            progress.advance(f"{stage} {', '.join(names[-1:])}")
+        return sum(found) / len(found)
+
+    def _accuracy(self, under: Hardware, bounds: Mapping[str, float] | None, device: int, images: ImageSet) -> float:
+        seed = seed_for(self._seed, "device", device)
+        covered = under.fault is None or self._all_protected(under)
+        hardware = under.without_faults() if covered else under
+        with hardware.inject(self._model, seed=seed, bounds=bounds) as injection:
+            del injection
+            return float(answers(self._model, images.batches(self._batch_size)).correct.double().mean())
+
+    def _all_protected(self, under: Hardware) -> bool:
+        """Tell whether protection leaves the fault model nothing to hit, which an injection would refuse."""
+        layers = find_layers(self._model)
+        left = select_layers(layers, under.layers)
+        if under.fault is not None and under.fault.where is not None:
+            left &= select_layers(layers, under.fault.where.layers)
+        whole = [entry for entry in under.protect if isinstance(entry, str)]
+        return not left - (select_layers(layers, whole) if whole else frozenset())
+
+
+def chosen_order(losses: Mapping[str, float], costs: Mapping[str, float], budget: float) -> list[str]:
+    """Return the layers to protect, best first: by loss per cost, each that still fits into the budget.
+
+    Args:
+        losses: Accuracy that faults in a layer alone take, >= 0.
+        costs: What protecting the layer costs, > 0, in the unit of the budget.
+        budget: Largest sum of costs.
+    """
+    order: list[str] = []
+    left = budget
+    for name in sorted(losses, key=lambda layer: (-losses[layer] / costs[layer], layer)):
+        if losses[name] > 0.0 and costs[name] <= left * (1 + 1e-9):
+            order.append(name)
+            left -= costs[name]
+    return order
+
+
+def predict(protected: Sequence[str], losses: Mapping[str, float], *, clean: float, unprotected: float) -> float:
+    """Return the accuracy that protecting some layers should give, if the layers' losses add up.
+
+    clean - (clean - unprotected) * (loss of the other layers) / (loss of all): the losses of single layers, scaled so
+    that both ends are what was measured.
+    """
+    total = sum(losses.values())
+    if total == 0.0:
+        return unprotected
+    rest = sum(loss for layer, loss in losses.items() if layer not in set(protected))
+    return clean - (clean - unprotected) * rest / total
+
+
+def steps_of(
+    order: Sequence[str], losses: Mapping[str, float], *, clean: float, unprotected: float, target: float | None
+) -> list[tuple[int, float]]:
+    """Return which protections to measure: (number of layers, predicted accuracy), the cheapest first.
+
+    Up to four on the way to the first that is predicted to reach the target (without one: to all), then one layer
+    more at a time.
+    """
+    sizes = range(1, len(order) + 1)
+    predicted = {n: predict(order[:n], losses, clean=clean, unprotected=unprotected) for n in sizes}
+    first = next((n for n in sizes if target is not None and predicted[n] >= target), len(order))
+    on_the_way = {max(1, round(first * share)) for share in (0.25, 0.5, 0.75)} if order else set()
+    return [(n, predicted[n]) for n in sizes if n >= first or n in on_the_way]
+
+
+def feature_bounds(model: nn.Module, images: ImageSet, hardware: Hardware, *, batch_size: int) -> dict[str, float]:
+    """Return the largest magnitude of each layer's feature point over images, on hardware without faults."""
+    batches = list(images.batches(batch_size))
+    points = trace_feature_points(model, (batches[0][0],), {}).points
+    largest: dict[str, float] = {}
+    modules = dict(model.named_modules())
+
+    def seen(layer: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            largest[layer] = max(largest.get(layer, 0.0), float(output.abs().amax()))
+
+        return hook
+
+    with hardware.without_faults().inject(model, seed=0):
+        pairs = {(layer, point) for (layer, _), (point, _) in points.items()}
+        handles = [modules[point].register_forward_hook(seen(layer)) for layer, point in pairs]
+        try:
+            answers(model, batches)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {layer: bound for layer, bound in largest.items() if bound > 0.0}
+
+
+_KEYS = ("model", "train_seed", "protection", "stage", "layers", "device")
+
+
+def _key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(tuple(record[key]) if key == "layers" else record[key] for key in _KEYS)

@@ -193,11 +193,9 @@ class _Study:
             key = (self._subject.name, self._subject.train_seed, self._config.label, stage, names, device)
             if key not in self._done:
                 self._done[key] = self._accuracy(under, bounds, device, images)
+                setup = {"method": self._config.method, "target": self._config.target, "num_images": images.num_images}
                 record = dict(zip(_KEYS, key, strict=True))
-                accuracy = self._done[key]
-                self._journal.append(
-                    {"schema": SCHEMA, **record, **facts, "accuracy": accuracy, "num_images": len(images.labels)}
-                )
+                self._journal.append({"schema": SCHEMA, **record, **setup, **facts, "accuracy": self._done[key]})
             found.append(self._done[key])
             progress.advance(f"{stage} {', '.join(names[-1:])}")
         return sum(found) / len(found)

@@ -269,6 +269,11 @@ def read_comparison(path: Path, *, interval: IntervalKind = "student") -> Compar
     )
 
 
+def nothing_compared() -> Comparison:
+    """Return what a run without fault rates compares."""
+    return Comparison(models=[], faults={}, rates={}, notes=[], num_images=0, devices=[], _points={})
+
+
 def _record(line: dict[str, object], where: str) -> Record:
     if line.get("schema") != SCHEMA:
         raise ValueError(f"{where}: schema {SCHEMA} is what this version reads, got {line.get('schema')!r}")

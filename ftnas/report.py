@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
-from ftnas import plots
-from ftnas.records import Comparison, Difference, read_comparison
+from ftnas import heatmaps, plots
+from ftnas.records import Comparison, Difference, IntervalKind, nothing_compared, read_comparison
+from ftnas.stats import Interval
 from ftnas.storage import atomic_write, read_journal
 from ftnas.tables import (
     Cell,
     Report,
     big,
+    chance_of,
     comparison_table,
     differences_to_csv,
     fault_name,
@@ -27,7 +31,9 @@ from ftnas.tables import (
     rate_label,
     to_csv,
     to_markdown,
+    vulnerability_table,
 )
+from ftnas.vulnerability import protection_to_csv, read_protection, read_single, single_to_csv
 
 FOLDER = "report"
 _STAGES = {"search": "search", "control": "random control"}
@@ -43,7 +49,13 @@ def build_report(path: str | Path) -> Report:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such run folder")
-    comparison = read_comparison(path / "records.jsonl")
+    config = path / "config.yaml"
+    settings = config.read_text(encoding="utf-8") if config.exists() else ""
+    vulnerabilities, protections = read_single(path / "single.jsonl"), read_protection(path / "protection.jsonl")
+    if (vulnerabilities or protections) and not (path / "records.jsonl").exists():
+        comparison = nothing_compared()
+    else:
+        comparison = read_comparison(path / "records.jsonl", interval=_interval_kind(settings))
     names = [model.name for model in comparison.models]
     differences = [
         found
@@ -61,7 +73,6 @@ def build_report(path: str | Path) -> Report:
             searches[stage] = trials, read_journal(path / stage / "updates.jsonl")[0]
         if torn:
             notes.append(f"The last line of {stage}/trials.jsonl is torn and was left out.")
-    config = path / "config.yaml"
     info = _read_json(path / "run.json") if (path / "run.json").exists() else {}
     missing = {
         "search/genotype.json: no discovered cells are shown": "search" in genotypes,
@@ -78,9 +89,20 @@ def build_report(path: str | Path) -> Report:
         genotypes=genotypes,
         searches=searches,
         info=info,
-        config=config.read_text(encoding="utf-8") if config.exists() else "",
+        config=settings,
         notes=notes,
+        vulnerabilities=vulnerabilities,
+        protections=protections,
     )
+
+
+def _interval_kind(settings: str) -> IntervalKind:
+    """Return the kind of interval that a run's config asks for."""
+    try:
+        kind = (yaml.safe_load(settings) or {}).get("campaign", {}).get("interval")
+    except (yaml.YAMLError, AttributeError):
+        return "student"  # a config from elsewhere; the report shows its text as it is
+    return "bootstrap" if kind == "bootstrap" else "student"
 
 
 def _table(comparison: Comparison, fault: str, differences: list[Difference]) -> list[list[Cell]]:
@@ -137,6 +159,10 @@ def make_report(path: str | Path, *, console: Console | None = None) -> Report:
     for fault in report.comparison.faults:
         console.print(comparison_table(report, fault))
         console.print(Text(report.headline(fault), style="bold"))
+    if report.vulnerabilities:
+        console.print(vulnerability_table(report.vulnerabilities))
+    for study in report.protections:
+        console.print(Text(study.verdict(), style="bold"))
     for note in report.notes:
         console.print(Text(note, style="dim"))
     console.print(Text(f"report: {page}"), soft_wrap=True)
@@ -147,12 +173,15 @@ def write_report(report: Report) -> Path:
     """Write tables, pictures and ``report.html`` into ``report/``; return the path of the last."""
     folder = report.path / FOLDER
     pictures = _draw(report, folder)
-    for name, text in (
-        ("table.md", to_markdown(report)),
-        ("table.csv", to_csv(report)),
-        ("differences.csv", differences_to_csv(report)),
-        ("report.html", _page(report, pictures)),
-    ):
+    texts = {"report.html": _page(report, pictures)}
+    if report.comparison.models:
+        texts |= {"table.md": to_markdown(report), "table.csv": to_csv(report)}
+        texts["differences.csv"] = differences_to_csv(report)
+    if report.vulnerabilities:
+        texts["single.csv"] = single_to_csv(report.vulnerabilities)
+    if report.protections:
+        texts["protection.csv"] = protection_to_csv(report.protections)
+    for name, text in texts.items():
         atomic_write(folder / name, text.encode())
     return folder / "report.html"
 
@@ -180,6 +209,7 @@ def _draw(report: Report, folder: Path) -> dict[str, Markup]:
             continue  # a control that scores its candidates at the end has no history
         label = f"Rewards of the {_STAGES[stage]} over its steps"
         figures[f"search:{stage}"] = plots.search_history(trials, updates=updates, title=_STAGES[stage]), label
+    figures |= _vulnerability_figures(report)
     drawn = {}
     for index, (key, (figure, label)) in enumerate(figures.items()):
         name, _, part = key.partition(":")
@@ -187,6 +217,57 @@ def _draw(report: Report, folder: Path) -> dict[str, Markup]:
         _, svg = plots.save(figure, folder / (name if plain else f"{name}-{_slug(part)}"))
         drawn[key] = _inline(svg.read_text(encoding="utf-8"), prefix=f"p{index}-", label=label)
     return drawn
+
+
+def _vulnerability_figures(report: Report) -> dict[str, tuple[plots.Figure, str]]:
+    figures: dict[str, tuple[plots.Figure, str]] = {}
+    for found in report.vulnerabilities:
+        what = f"{found.name}, {fault_name(found.fault)}"
+        figures[f"map:{what}"] = (
+            heatmaps.sensitivity_map(
+                list(found.layers),
+                list(found.bits),
+                100 * found.cells,
+                title=f"Single faults: {what}",
+                value_label="probability (%) that one fault changes the answer, by layer and bit",
+            ),
+            f"Probability that a fault changes the answer of {what}, by layer and bit; the numbers are in single.csv",
+        )
+        for by, parts in (("layers", found.layers), ("operators", found.operators)):
+            figures[f"{by}:{what}"] = (
+                heatmaps.ranking(
+                    list(parts), list(parts.values()), title=f"Most vulnerable {by}: {what}", value_label="probability"
+                ),
+                f"Ranking of the {by} of {what}; the numbers are in single.csv",
+            )
+    for study in report.protections:
+        what = f"{study.name}, {study.protection}"
+        names = [f"{len(plan.layers)} layer{'' if len(plan.layers) == 1 else 's'}" for plan in study.plans]
+        points = [
+            heatmaps.Protection(name=name, overhead=100 * plan.overhead, accuracy=plan.accuracy, chosen=plan.chosen)
+            for name, plan in zip(names, study.plans, strict=True)
+        ]
+        guesses = [
+            heatmaps.Protection(name="", overhead=100 * plan.overhead, accuracy=_guess(plan.predicted))
+            for plan in study.plans
+            if plan.predicted == plan.predicted
+        ]
+        figures[f"protection:{what}"] = (
+            heatmaps.protection_curve(
+                points,
+                predicted=guesses,
+                target=study.target,
+                title=f"Protection: {what}",
+                overhead_label=f"overhead (% of {'weight bits' if study.method == 'ecc' else 'multiply-accumulates'})",
+            ),
+            f"Accuracy over the overhead of protecting {what}; the numbers are in protection.csv",
+        )
+    return figures
+
+
+def _guess(accuracy: float) -> Interval:
+    """Return a predicted accuracy, which has no interval."""
+    return Interval(mean=accuracy, low=math.nan, high=math.nan, num=1, method="predicted")
 
 
 def _curve(report: Report, fault: str, row: int) -> plots.Curve | None:
@@ -233,7 +314,13 @@ def _page(report: Report, pictures: dict[str, Markup]) -> str:
     )
     comparison = report.comparison
     seeds = {model.name: ", ".join(map(str, model.seeds)) for model in comparison.models}
-    shown = {"big": big, "fault_name": fault_name, "header": header, "legend": legend}
+    shown: dict[str, Any] = {
+        "chance_of": chance_of,
+        "big": big,
+        "fault_name": fault_name,
+        "header": header,
+        "legend": legend,
+    }
     shown["rate_label"] = rate_label
     return environment.get_template("report.html.j2").render(
         report=report,

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ftnas.records import Comparison, Difference, is_known
 from ftnas.stats import Interval
+from ftnas.vulnerability import ProtectionStudy, Vulnerability
 
 _FAULT_NAMES = {"mibb": "MiBB", "adsaf": "adSAF"}
 
@@ -67,6 +68,8 @@ class Report:
         info: ``run.json``, empty where missing.
         config: Text of ``config.yaml``, empty where missing.
         notes: What is missing or was left out.
+        vulnerabilities: What single faults do.
+        protections: What to protect.
     """
 
     path: Path
@@ -78,11 +81,13 @@ class Report:
     info: dict[str, Any]
     config: str
     notes: list[str]
+    vulnerabilities: list[Vulnerability]
+    protections: list[ProtectionStudy]
 
     @property
     def reference(self) -> str:
         """Name of the model that the others are compared with: the first one measured."""
-        return self.comparison.models[0].name
+        return self.comparison.models[0].name if self.comparison.models else "none"
 
     def headline(self, fault: str) -> str:
         """Say in words who keeps the highest accuracy under a fault, and whether that is certain."""
@@ -198,6 +203,30 @@ def comparison_table(report: Report, fault: str) -> Table:
             cells.append(text.append(f"\n{cell.half_width}", style="not bold dim") if cell.half_width else text)
         table.add_row(*cells)
     return table
+
+
+def vulnerability_table(found: Sequence[Vulnerability], *, top: int = 5) -> Table:
+    """Return what single faults do, for the terminal: each model as a whole, and its most vulnerable layers."""
+    table = Table(
+        title=Text("Probability (%) that one fault changes the answer"),
+        caption=Text("95% intervals of stratified samples; a fault and an image at a time."),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column(Text("model, fault"), overflow="fold")
+    table.add_column(Text("part"), overflow="fold")
+    table.add_column(Text("probability"), justify="right", no_wrap=True)
+    for entry in found:
+        table.add_row(Text(f"{entry.name}, {entry.fault}"), Text("all"), Text(chance_of(entry.whole)))
+        for layer, interval in sorted(entry.layers.items(), key=lambda item: -item[1].mean)[:top]:
+            table.add_row("", Text(layer), Text(chance_of(interval)))
+    return table
+
+
+def chance_of(interval: Interval) -> str:
+    """Return a probability with its interval in percent, two digits that count."""
+    mean, low, high = (f"{100 * value:.2g}" for value in (interval.mean, interval.low, interval.high))
+    return f"{mean} ({low} to {high})"
 
 
 def to_markdown(report: Report) -> str:

@@ -203,11 +203,8 @@ def run_single_faults(
             for stratum, number, name in zip(strata, trials, names, strict=True):
                 if name in done:
                     continue
-                stream = seed_for(seed, "single", config.label, *stratum.key[1:], stratum.bit or 0, stratum.code or 0)
-                total = len(stratum) * len(batches)
                 changed = broken = 0
-                for chosen in random.Random(stream).sample(range(total), number):
-                    which, image = divmod(chosen, len(batches))
+                for which, image in draw_experiments(stratum, number, num_images=len(batches), seed=seed):
                     injection.replay(PlanSet((fault,), {stratum.key: stratum.plan(which)}))
                     answer = int(top1(model(batches[image])))
                     changed += answer != clean[image]
@@ -225,7 +222,7 @@ def run_single_faults(
                         "code": stratum.code,
                         "depth": order[stratum.key[1]],
                         "operator": operator_of(layers[stratum.key[1]]),
-                        "population": total,
+                        "population": len(stratum) * len(batches),
                         "trials": number,
                         "changed": changed,
                         "nonfinite": broken,
@@ -233,6 +230,18 @@ def run_single_faults(
                     }
                 )
                 done.add(name)
+
+
+def draw_experiments(stratum: Faults, number: int, *, num_images: int, seed: int) -> list[tuple[int, int]]:
+    """Draw experiments of a stratum without replacement: (number of the fault, number of the image) each.
+
+    Models share them where the names and shapes of their layers agree.
+    """
+    stream = seed_for(seed, "single", *stratum.key[1:], stratum.bit or 0, stratum.code or 0)
+    total = len(stratum) * num_images
+    if number == total:
+        return [divmod(chosen, num_images) for chosen in range(total)]
+    return [divmod(chosen, num_images) for chosen in random.Random(stream).sample(range(total), number)]
 
 
 def _find(model: nn.Module, fault: Fault, hardware: Hardware, image: Tensor) -> list[Faults]:

@@ -1,0 +1,155 @@
+"""What to protect: costs, choice, prediction, and measurements that can be resumed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ftnas.campaign import Subject
+from ftnas.data import DataConfig, load
+from ftnas.faults.hardware import Hardware
+from ftnas.models import count
+from ftnas.protection import (
+    RECORDS,
+    ProtectionConfig,
+    check_bits,
+    chosen_order,
+    feature_bounds,
+    overheads,
+    predict,
+    run_protection,
+    steps_of,
+)
+from ftnas.rng import isolated
+from ftnas.rundir import RunDir
+from ftnas.vulnerability import protection_to_csv, read_protection
+
+HARDWARE = Hardware(layers=None)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load(DataConfig(name="digits"), "test").subset(torch.arange(60))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small net, trained for a moment so that faults have something to destroy."""
+    data = load(DataConfig(name="digits"), "train")
+    with isolated(0, "net"):
+        net = nn.Sequential(
+            nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10)
+        )
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for epoch in range(3):
+        for x, y in data.batches(64, seed=0, epoch=epoch):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+    return net.eval()
+
+
+def study(path, images, model, **settings):
+    config = ProtectionConfig(**({"method": "ecc", "budget": 1.0, "devices": 3, "images": 60} | settings))
+    subject = Subject("net", 0, "clean", count(model, (1, 8, 8)), lambda: model)
+    with RunDir.create(path, {}) as folder:
+        run_protection([subject], images, images, config=config, hardware=HARDWARE, seed=0, folder=folder)
+        return [dict(record) for record in folder.journal(RECORDS).records()]
+
+
+FLIPS = {"name": "weight_bit_flip", "bit_error_rate": 0.02}
+
+
+def test_check_bits_are_those_of_secded_codes():
+    assert [check_bits(bits) for bits in (4, 8, 16, 32, 64)] == [4, 5, 6, 7, 8]
+
+
+def test_overheads(model):
+    image = torch.zeros(1, 1, 8, 8)
+    tripled = overheads(model, image, "triplicate", 8)
+    macs = {"0": 8 * 9 * 9, "2": 8 * 9 * 8, "5": 720}
+    assert tripled == pytest.approx({name: 2 * number / sum(macs.values()) for name, number in macs.items()})
+    weights = {"0": 72, "2": 64, "5": 720}
+    assert overheads(model, image, "ecc", 8) == pytest.approx({k: 5 / 8 * v / 856 for k, v in weights.items()})
+    values = {"0": 72, "2": 72, "5": 10}
+    assert overheads(model, image, "clip", 8) == pytest.approx({k: v / sum(macs.values()) for k, v in values.items()})
+
+
+def test_the_order_is_by_loss_per_cost_within_the_budget():
+    losses = {"a": 0.3, "b": 0.2, "c": 0.0, "d": 0.1}
+    costs = {"a": 0.6, "b": 0.1, "c": 0.01, "d": 0.1}
+    assert chosen_order(losses, costs, 1.0) == ["b", "d", "a"]
+    assert chosen_order(losses, costs, 0.5) == ["b", "d"]  # a does not fit, d still does
+    assert chosen_order(losses, costs, 0.05) == []
+
+
+def test_the_prediction_meets_both_ends():
+    losses = {"a": 0.3, "b": 0.1}
+    ends = {"clean": 0.9, "unprotected": 0.4}
+    assert predict([], losses, **ends) == pytest.approx(0.4)
+    assert predict(["a", "b"], losses, **ends) == pytest.approx(0.9)
+    assert predict(["a"], losses, **ends) == pytest.approx(0.9 - 0.5 * 0.25)
+    assert predict(["a"], {"a": 0.0, "b": 0.0}, **ends) == 0.4
+    assert steps_of(["a", "b"], losses, target=0.7, **ends) == [
+        (1, pytest.approx(0.775)), (2, pytest.approx(0.9)),
+    ]  # fmt: skip
+    assert steps_of([], losses, target=None, **ends) == []
+
+
+def test_all_layers_protected_are_as_good_as_no_faults(images, model, tmp_path):
+    records = study(tmp_path / "run", images, model, fault=FLIPS)
+    clean = next(record["accuracy"] for record in records if record["stage"] == "clean")
+    (found,) = read_protection(tmp_path / "run" / RECORDS)
+    assert set(found.losses) == {"0", "2", "5"} and found.plans[0].layers == ()
+    assert all(loss.mean > 0 for loss in found.losses.values()), "the faults must hurt for the test to mean anything"
+    last = found.plans[-1]
+    assert set(last.layers) == {"0", "2", "5"} and last.accuracy.mean == pytest.approx(clean)
+    assert found.chosen is not None and found.chosen.accuracy.mean >= found.plans[0].accuracy.mean
+    assert "measured" in found.verdict() and protection_to_csv([found]).count("\n") == 1 + len(found.plans)
+
+
+def test_the_target_ends_the_search(images, model, tmp_path):
+    records = study(tmp_path / "run", images, model, fault=FLIPS, target=0.01)
+    (found,) = read_protection(tmp_path / "run" / RECORDS)
+    assert found.chosen == found.plans[0] and found.chosen.layers == ()
+    assert sum(record["stage"] == "measured" for record in records) <= 2 * 3
+    (out_of_reach,) = (study(tmp_path / "b", images, model, fault=FLIPS, target=1.0, budget=0.05),)
+    (found,) = read_protection(tmp_path / "b" / RECORDS)
+    assert out_of_reach and found.chosen is None and "nothing within the budget" in found.verdict()
+
+
+def test_clipping_helps_against_floats_that_explode(images, model, tmp_path):
+    fault = {"name": "weight_bit_flip", "bit_error_rate": 3e-4, "dtype": "fp32"}
+    study(tmp_path / "run", images, model, fault=fault, method="clip", devices=8)
+    (found,) = read_protection(tmp_path / "run" / RECORDS)
+    assert found.plans[-1].accuracy.mean > found.plans[0].accuracy.mean
+
+
+def test_bounds_are_the_largest_features(images, model):
+    bounds = feature_bounds(model, images, HARDWARE, batch_size=25)
+    seen = {"0": 0.0, "2": 0.0, "5": 0.0}
+    handles = []
+    with HARDWARE.inject(model, seed=0), torch.no_grad():
+        for name in seen:
+
+            def keep(module, inputs, output, name=name):
+                seen[name] = max(seen[name], float(output.abs().max()))
+
+            handles.append(model[int(name)].register_forward_hook(keep))
+        for x, _ in images.batches(25):
+            model(x)
+        for handle in handles:
+            handle.remove()
+    assert bounds == seen and all(value > 0 for value in seen.values())
+
+
+def test_a_cut_study_goes_on_to_the_same_records(images, model, tmp_path):
+    whole = study(tmp_path / "whole", images, model, fault=FLIPS)
+    subject = Subject("net", 0, "clean", count(model, (1, 8, 8)), lambda: model)
+    config = ProtectionConfig(fault=FLIPS, method="ecc", budget=1.0, devices=3, images=60)
+    with RunDir.create(tmp_path / "cut", {}) as folder:
+        for record in whole[:7]:
+            folder.journal(RECORDS).append(record)
+        run_protection([subject], images, images, config=config, hardware=HARDWARE, seed=0, folder=folder)
+        assert folder.journal(RECORDS).records() == whole

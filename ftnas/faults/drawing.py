@@ -52,7 +52,7 @@ class Drawing:
         self.placed = list(placed)
         self.hard = hard
         self.given = given
-        self.last: dict[Key, Plan] = {}
+        self._last: dict[Key, tuple[int, Plan]] = {}
         self.sites: dict[Key, Site] = {}
         self._seed = seed
         self._on_device = draw_on == "device"
@@ -72,7 +72,12 @@ class Drawing:
         """Use these plans from now on, in place of others that were given."""
         self.given = given
         self._kept.clear()
-        self.last.clear()
+        self._last.clear()
+
+    def last(self, draw: int) -> dict[Key, Plan]:
+        """Return the plans in force: those of the device, or those of one draw."""
+        lasting = self.hard or self.given is not None
+        return {key: plan for key, (when, plan) in self._last.items() if lasting or when == draw}
 
     def plans(
         self, site: Site, draw: int, index: int, device: torch.device
@@ -88,7 +93,7 @@ class Drawing:
                 continue
             plan, fresh = found
             if fresh is not None:
-                self.last[key] = fresh
+                self._last[key] = (draw, fresh)
             yield placed, plan.to(device), fresh
 
     def _drawn(self, placed: Placed, key: Key, site: Site, draw: int, device: torch.device) -> tuple[Plan, Plan | None]:
@@ -117,7 +122,7 @@ class Drawing:
         plan = self.given.get(key)
         if plan is None:
             return None
-        fresh = plan if key not in self.last else None
+        fresh = plan if key not in self._last else None
         if plan.shape == site.shape:
             return plan, fresh
         if plan.shape == site.shape[1:]:

@@ -88,7 +88,8 @@ class Drawing:
                 continue
             key = (placed.number, site.layer, index)
             self.sites[key] = site
-            found = self._drawn(placed, key, site, draw, device) if self.given is None else self._given(key, site)
+            given = self.given is not None
+            found = self._given(placed, key, site) if given else self._drawn(placed, key, site, draw, device)
             if found is None:
                 continue
             plan, fresh = found
@@ -117,14 +118,29 @@ class Drawing:
             raise ValueError(f"{site.layer!r}: a defect map fits one shape, {plan.shape}, got {sampled.shape}")
         return (plan.repeated(site.shape[0]) if one else plan), fresh
 
-    def _given(self, key: Key, site: Site) -> tuple[Plan, Plan | None] | None:
+    def _given(self, placed: Placed, key: Key, site: Site) -> tuple[Plan, Plan | None] | None:
         assert self.given is not None
         plan = self.given.get(key)
         if plan is None:
             return None
         fresh = plan if key not in self._last else None
+        if fresh is not None:
+            _check_words(plan, placed.fault, site)
         if plan.shape == site.shape:
             return plan, fresh
-        if plan.shape == site.shape[1:]:
+        if plan.shape == site.shape[1:] and placed.fault.target == "feature":
             return plan.repeated(site.shape[0]), fresh
         raise ValueError(f"{site.layer!r}: the plan is for the shape {plan.shape}, the tensor has {site.shape}")
+
+
+def _check_words(plan: Plan, fault: Fault, site: Site) -> None:
+    """Refuse a plan of bits for words of another width than the tensor has."""
+    bits = fault.num_bits(site)
+    if bits is None or len(plan.sites) == 0:
+        return
+    units = plan.population * plan.span
+    if units not in (plan.num_values, bits * plan.num_values) or int(fault.bits_hit(plan).max()) >= bits:
+        raise ValueError(
+            f"{site.layer!r}: the plan of {fault.name} is for words of another width than the {site.word_bits} bits "
+            "here; replay it under the quantization that it was drawn for"
+        )

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from injected import FIXED, create, images
+from injected import FIXED, create, gen, images
 from test_plans import rewrite
 from torch import nn
 
@@ -72,7 +72,7 @@ def test_a_map_made_by_hand_from_numpy():
 
 
 def test_training_on_a_known_device_has_the_gradients_of_its_weights():
-    model, x = nn.Linear(6, 4, bias=False), torch.randn(5, 6)
+    model, x = create(lambda: nn.Linear(6, 4, bias=False)), torch.randn(5, 6, generator=gen())
     cells = torch.zeros(4, 6, dtype=torch.int8)
     cells[0, :3], cells[1, 2:4] = 1, 2
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -86,7 +86,7 @@ def test_training_on_a_known_device_has_the_gradients_of_its_weights():
             held[cells == 1] = 0.0
             held[cells == 2] = torch.where(held < 0, -bound, bound)[cells == 2]
             assert torch.equal(model.weight, held)
-            upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+            upstream = torch.randn(out.shape, generator=gen(1))
             (out * upstream).sum().backward()
             raw = x @ held.T
             passes = (raw / FIXED.grid(raw).lsb).round() <= 127

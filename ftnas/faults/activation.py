@@ -47,7 +47,7 @@ class ActivationMode(TorchFunctionMode):
         if not self._expected or not is_activation(func):
             return func(*args, **kwargs)
         feature = args[0] if args else kwargs.get("input")
-        if id(feature) not in self._expected:
+        if feature is None or id(feature) not in self._expected:
             return func(*args, **kwargs)
         _, call, grid = self._expected.pop(id(feature))
         name = getattr(func, "__name__", "")

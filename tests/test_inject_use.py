@@ -257,7 +257,12 @@ def test_the_documented_examples_run(monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"{names['record'].hits} of {16 * (8 * 30 * 30 + 10)} feature values hit")
     assert [line.split(":")[0].strip() for line in printed[1:3]] == ["0", "5"]
-    assert re.fullmatch(r"\d+ of 296 weights swapped", printed[3])
+    assert re.fullmatch(r"weight_bit_flip: \d+ of 486 bits at risk flipped, 4.9 expected", printed[3])
+    assert re.fullmatch(r"feature_bit_flip: \d+ of 1280 bits at risk flipped, 1.3 expected", printed[4])
+    assert printed[5] == "the same output: True"
+    assert re.fullmatch(r"mibb in layer 0, index \(0, .*\), bit \d: \S+ -> \S+", printed[6])
+    assert re.fullmatch(r"28 stuck cells; gradient \d+\.\d+", printed[7])
+    assert re.fullmatch(r"\d+ of 296 weights swapped", printed[8])
     swap, values = names["SignSwap"](swap_rate=1.0), torch.randn(4, 3, 2, 2)
     plan = swap.sample(Site("", (4, 3, 2, 2), 12, 8), generator=gen())
     last = values.contiguous(memory_format=torch.channels_last)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ftnas.faults.trace import Call, is_activation
 from ftnas.quantize import Grid
 
-Meet = Callable[[Call, Tensor, Grid | None, bool], Tensor]
-"""What an activation's output goes through: (layer call, output, grid of its input if it lies on it, in place)."""
+Meet = Callable[[Call, Tensor, Grid | None], Tensor]
+"""What an activation's output goes through: (layer call, output, grid of its input if the output lies on it)."""
 
 
 class ActivationMode(TorchFunctionMode):
@@ -27,6 +28,14 @@ class ActivationMode(TorchFunctionMode):
         """Wait for the activation function of a feature point, which lies on a grid (None: not quantized)."""
         self._expected[id(feature)] = (feature, call, grid)  # held, so that its id stays its own
 
+    def check(self) -> None:
+        """Raise a RuntimeError when an activation function that was expected has not run."""
+        for _, (layer, _), _ in self._expected.values():
+            raise RuntimeError(
+                f"no activation function followed layer {layer!r}, so that its buffer value was not met; a model whose "
+                "path changes must declare feature_points(), and activated_points() -> the layers that one follows"
+            )
+
     def clear(self) -> None:
         """Forget what has not been met."""
         self._expected.clear()
@@ -38,11 +47,18 @@ class ActivationMode(TorchFunctionMode):
         if not self._expected or not is_activation(func):
             return func(*args, **kwargs)
         feature = args[0] if args else kwargs.get("input")
-        found = self._expected.pop(id(feature), None)
-        result = func(*args, **kwargs)
-        if found is None or not isinstance(result, Tensor):
-            return result
-        _, call, grid = found
+        if feature is None or id(feature) not in self._expected:
+            return func(*args, **kwargs)
+        _, call, grid = self._expected.pop(id(feature))
+        name = getattr(func, "__name__", "")
         # zero and the values themselves are on the input's grid; what other functions give is not
-        keeps = getattr(func, "__name__", "").rstrip("_") == "relu"
-        return self._meet(call, result, grid if keeps else None, result is feature)
+        grid = grid if name.rstrip("_") == "relu" else None
+        if not (name.endswith("_") or kwargs.get("inplace")):
+            return self._meet(call, func(*args, **kwargs), grid)
+        # the faults go where the caller looks for the result, but not into what the gradient of the function needs
+        learning = torch.is_grad_enabled() and feature.requires_grad
+        result = func(
+            feature.clone() if learning else feature, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"}
+        )
+        stored = self._meet(call, result, grid)
+        return feature if stored is feature else feature.copy_(stored)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ftnas.faults.base import Plan
-from ftnas.faults.plans import PlanSet, faults_of, read_archive, write_archive
+from ftnas.faults.plans import PlanSet, faults_of, listed, read_archive, write_archive
 from ftnas.faults.stuck import AdSAF, BitAdSAF
 
 SCHEMA = 1
@@ -56,6 +56,10 @@ class DefectMap:
             cells[layer] = flat.reshape(plan.shape if alone else (rows, *plan.shape))
         return cls(plans.faults[0], cells)
 
+    def __post_init__(self) -> None:
+        cells = {layer: torch.as_tensor(array) for layer, array in self.cells.items()}  # NumPy arrays will do
+        object.__setattr__(self, "cells", cells)
+
     def plans(self) -> PlanSet:
         """Return the plans that put this device under a model: ``inject(model, plans=defects.plans(), ...)``.
 
@@ -64,13 +68,14 @@ class DefectMap:
         """
         found = {}
         for layer, cells in self.cells.items():
-            if not bool(((cells >= WORKS) & (cells <= STUCK_AT_1)).all()):
-                raise ValueError(
-                    f"defect map, {layer!r}: cells are 0, 1 or 2, got {int(cells.min())}..{int(cells.max())}"
-                )
+            if not bool(((cells == WORKS) | (cells == STUCK_AT_0) | (cells == STUCK_AT_1)).all()):
+                raise ValueError(f"defect map, {layer!r}: cells are 0, 1 or 2, got {cells.min():g}..{cells.max():g}")
             logical = isinstance(self.fault, AdSAF) and self.fault.cells == "logical"
             if not logical and (cells.dim() < 2 or (isinstance(self.fault, AdSAF) and len(cells) != 2)):
-                raise ValueError(f"defect map, {layer!r}: expected cells of shape [2, weight], got {list(cells.shape)}")
+                first = "2" if isinstance(self.fault, AdSAF) else "bits - 1"
+                raise ValueError(
+                    f"defect map, {layer!r}: expected cells of shape [{first}, weight], got {list(cells.shape)}"
+                )
             flat = cells.reshape(-1).to(torch.int64)
             sites = flat.nonzero().squeeze(1)
             shape = tuple(cells.shape if logical else cells.shape[1:])
@@ -79,7 +84,12 @@ class DefectMap:
         return PlanSet((self.fault,), found)
 
     def save(self, path: str | Path) -> None:
-        """Write the map to a file, in one step."""
+        """Write the map to a file, in one step.
+
+        Raises:
+            ValueError: As `plans` does.
+        """
+        self.plans()
         fault = {"name": self.fault.name, **self.fault.model_dump(mode="json")}
         header = {"kind": KIND, "schema": SCHEMA, "faults": [fault], "layers": list(self.cells)}
         arrays = {f"{i}.cells": cells.to(torch.int8).numpy() for i, cells in enumerate(self.cells.values())}
@@ -93,9 +103,11 @@ class DefectMap:
             ValueError: One line: no such file, not such a file, or not whole.
         """
         header, arrays = read_archive(path, KIND, SCHEMA)
-        faults, layers = faults_of(header, path), header.get("layers", [])
+        faults, layers = faults_of(header, path), listed(header, "layers", path)
         if len(faults) != 1 or not isinstance(faults[0], (AdSAF, BitAdSAF)):
             raise ValueError(f"{path}: a defect map is of adsaf or bit_adsaf, got {[fault.name for fault in faults]}")
+        if not all(isinstance(layer, str) for layer in layers) or len(set(layers)) < len(layers):
+            raise ValueError(f"{path}: the names of the layers must be distinct strings")
         missing = [layer for i, layer in enumerate(layers) if f"{i}.cells" not in arrays]
         if missing:
             raise ValueError(f"{path}: the cells of {missing[0]!r} are missing; the file is not whole")
@@ -103,4 +115,6 @@ class DefectMap:
         for layer, array in cells.items():
             if not np.issubdtype(array.dtype, np.integer):
                 raise ValueError(f"{path}: the cells of {layer!r} must be integers, got {array.dtype}")
+            if array.size and not (WORKS <= int(array.min()) and int(array.max()) <= STUCK_AT_1):
+                raise ValueError(f"{path}: the cells of {layer!r} are 0, 1 or 2, got {array.min()}..{array.max()}")
         return cls(faults[0], {layer: torch.from_numpy(array.astype(np.int8)) for layer, array in cells.items()})

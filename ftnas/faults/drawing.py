@@ -52,7 +52,7 @@ class Drawing:
         self.placed = list(placed)
         self.hard = hard
         self.given = given
-        self.last: dict[Key, Plan] = {}
+        self._last: dict[Key, tuple[int, Plan]] = {}
         self.sites: dict[Key, Site] = {}
         self._seed = seed
         self._on_device = draw_on == "device"
@@ -72,7 +72,12 @@ class Drawing:
         """Use these plans from now on, in place of others that were given."""
         self.given = given
         self._kept.clear()
-        self.last.clear()
+        self._last.clear()
+
+    def last(self, draw: int) -> dict[Key, Plan]:
+        """Return the plans in force: those of the device, or those of one draw."""
+        lasting = self.hard or self.given is not None
+        return {key: plan for key, (when, plan) in self._last.items() if lasting or when == draw}
 
     def plans(
         self, site: Site, draw: int, index: int, device: torch.device
@@ -83,12 +88,13 @@ class Drawing:
                 continue
             key = (placed.number, site.layer, index)
             self.sites[key] = site
-            found = self._drawn(placed, key, site, draw, device) if self.given is None else self._given(key, site)
+            given = self.given is not None
+            found = self._given(placed, key, site) if given else self._drawn(placed, key, site, draw, device)
             if found is None:
                 continue
             plan, fresh = found
             if fresh is not None:
-                self.last[key] = fresh
+                self._last[key] = (draw, fresh)
             yield placed, plan.to(device), fresh
 
     def _drawn(self, placed: Placed, key: Key, site: Site, draw: int, device: torch.device) -> tuple[Plan, Plan | None]:
@@ -112,14 +118,29 @@ class Drawing:
             raise ValueError(f"{site.layer!r}: a defect map fits one shape, {plan.shape}, got {sampled.shape}")
         return (plan.repeated(site.shape[0]) if one else plan), fresh
 
-    def _given(self, key: Key, site: Site) -> tuple[Plan, Plan | None] | None:
+    def _given(self, placed: Placed, key: Key, site: Site) -> tuple[Plan, Plan | None] | None:
         assert self.given is not None
         plan = self.given.get(key)
         if plan is None:
             return None
-        fresh = plan if key not in self.last else None
+        fresh = plan if key not in self._last else None
+        if fresh is not None:
+            _check_words(plan, placed.fault, site)
         if plan.shape == site.shape:
             return plan, fresh
-        if plan.shape == site.shape[1:]:
+        if plan.shape == site.shape[1:] and placed.fault.target == "feature":
             return plan.repeated(site.shape[0]), fresh
         raise ValueError(f"{site.layer!r}: the plan is for the shape {plan.shape}, the tensor has {site.shape}")
+
+
+def _check_words(plan: Plan, fault: Fault, site: Site) -> None:
+    """Refuse a plan of bits for words of another width than the tensor has."""
+    bits = fault.num_bits(site)
+    if bits is None or len(plan.sites) == 0:
+        return
+    units = plan.population * plan.span
+    if units not in (plan.num_values, bits * plan.num_values) or int(fault.bits_hit(plan).max()) >= bits:
+        raise ValueError(
+            f"{site.layer!r}: the plan of {fault.name} is for words of another width than the {site.word_bits} bits "
+            "here; replay it under the quantization that it was drawn for"
+        )

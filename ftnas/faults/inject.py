@@ -15,7 +15,7 @@ from ftnas.faults.activation import ActivationMode
 from ftnas.faults.base import Fault, Plan, Site
 from ftnas.faults.changes import Change, Watch
 from ftnas.faults.drawing import Drawing, DrawOn, Key, Placed
-from ftnas.faults.memory import positions, restrict_range, storage
+from ftnas.faults.memory import count_distinct, mark, positions, restrict_range, storage
 from ftnas.faults.place import Protect, check, check_bounds, feature_site, place, weight_format, weight_site
 from ftnas.faults.plans import PlanSet
 from ftnas.faults.record import InjectionRecord, Tally
@@ -144,7 +144,7 @@ class Injection:
         self._tally = Tally(faults)
         self._activations = ActivationMode(self._after_activation) if self._buffers else None
         self.finding = self._paused = self._running = self._ran = self._ran_faulty = False
-        self._current = self._replays = 0
+        self._current = self._faulty_draw = self._replays = 0
         self._grid: Grid | None = None
         self._points: dict[bool, FeaturePoints] = {}
         self._counts: dict[str, int] = {}
@@ -159,7 +159,9 @@ class Injection:
         """Return the plans in force: those of the device for hard errors, of the last faulty forward for soft ones."""
         found: dict[Key, Plan] = {}
         for drawing in (self._weights, self._features, self._buffers):
-            found |= {key: plan.to(torch.device("cpu")).compact() for key, plan in drawing.last.items()}
+            found |= {
+                key: plan.to(torch.device("cpu")).compact() for key, plan in drawing.last(self._faulty_draw).items()
+            }
         return PlanSet(self._faults, dict(sorted(found.items(), key=lambda item: item[0][0])))
 
     def sites(self) -> dict[Key, tuple[Site, Placed]]:
@@ -233,10 +235,13 @@ class Injection:
         if self._weight_format is not None or self._weights:
             for name, module in self._layers.items():
                 undo.append(store_weight(module, self, name))
+        if self._activations is not None:
+            undo.append(root.register_forward_hook(self._check_met).remove)
         # last, so that a root that is a layer itself is still running when its feature point is met
         undo.append(root.register_forward_hook(self._end, always_call=True).remove)
 
     def _detach(self) -> None:
+        self._stop()
         for undo in reversed(self._undo):
             undo()
         self._undo = []
@@ -248,6 +253,7 @@ class Injection:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.finding:
             return
+        self._stop()  # a forward that was interrupted from the keyboard has not ended
         if module.training not in self._points and self._sees_features:
             self.finding = True
             try:
@@ -259,17 +265,24 @@ class Injection:
         self._current = self.draw
         if not self._paused:
             self.draw += 1
+            self._faulty_draw = self._current
             self._ran_faulty = True
         if self._activations is not None:
             self._activations.__enter__()
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.finding or not self._running:
-            return
-        self._running = False
-        if self._activations is not None:
+        if not self.finding:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._running and self._activations is not None:
             self._activations.__exit__(None, None, None)
             self._activations.clear()
+        self._running = False
+
+    def _check_met(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.finding and self._activations is not None:
+            self._activations.check()
 
     def _feature_hook(self, name: str, module: nn.Module) -> Callable[..., Any]:
         is_layer = isinstance(module, LAYER_TYPES)
@@ -299,7 +312,7 @@ class Injection:
             self._activations.expect(stored, call, self._grid)
         return stored
 
-    def _after_activation(self, call: Call, output: Tensor, grid: Grid | None, in_place: bool) -> Tensor:
+    def _after_activation(self, call: Call, output: Tensor, grid: Grid | None) -> Tensor:
         """Fault what an activation function writes to the feature buffer, on its input's grid or on one of its own."""
         layer, index = call
         site = feature_site(layer, self._layers[layer], output, self._feature_format)
@@ -309,8 +322,7 @@ class Injection:
                 self._apply(self._buffers, output, site, grid, index)
             return output
         form = self._buffer_format if grid is None else None
-        stored = self._store(output, site, form, (self._buffers,), index, grid)
-        return output.copy_(stored) if in_place and not learning else stored
+        return self._store(output, site, form, (self._buffers,), index, grid)
 
     def weight(self, layer: str, weight: Tensor) -> Tensor:
         """Return what the hardware reads for a stored weight; called by the weight's parametrization."""
@@ -348,7 +360,7 @@ class Injection:
             for drawing in active:
                 for plan in self._apply(drawing, out, site, self._grid, index):
                     if need_mask and self._mask_gradients:
-                        blocked = _mark(out, plan, blocked)
+                        blocked = mark(out, plan.values_hit(), blocked)
             return out, inside, blocked
 
         return straight_through(x, transform)
@@ -369,16 +381,9 @@ class Injection:
                 self._tally.add(placed.number, site.layer, fresh)
                 if fault.target == "weight" and grid is None:
                     at = positions(plan.values_hit(), out)
-                    self._tally.count(placed.number, "nonfinite", (~storage(out)[at].isfinite() & plan.valid()).sum())
+                    bad = ~storage(out)[at].isfinite() & (plan.values_hit() < plan.num_values)
+                    # a word may be hit in several bits
+                    self._tally.count(placed.number, "nonfinite", count_distinct(at, bad))
                 if isinstance(fault, ReciprocalNormalVariation):
                     self._tally.count(placed.number, "floored", fault.floored(fresh))
         return plans
-
-
-def _mark(values: Tensor, plan: Plan, blocked: Tensor | None) -> Tensor:
-    """Mark the values that a plan hits in a bool mask of the same shape."""
-    hit = plan.values_hit()
-    marks = torch.zeros_like(values, dtype=torch.uint8)
-    # padding shares a position with a value that may be hit: add, so that neither hides the other
-    storage(marks).index_add_(0, positions(hit, marks), (hit < values.numel()).to(torch.uint8))
-    return marks > 0 if blocked is None else blocked | (marks > 0)

@@ -29,6 +29,14 @@ def positions(sites: Tensor, values: Tensor) -> Tensor:
     return offset
 
 
+def count_distinct(at: Tensor, chosen: Tensor) -> Tensor:
+    """Return how many different positions there are among those ``chosen``: an int64 scalar tensor."""
+    ordered = torch.where(chosen, at, -1).sort().values
+    first = torch.ones_like(chosen)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return (first & (ordered >= 0)).sum()
+
+
 def add_at_(values: Tensor, at: Tensor, deltas: Tensor, valid: Tensor) -> Tensor:
     """Add ``deltas`` in place at positions of the storage, nothing where not ``valid``."""
     storage(values).index_add_(0, at, torch.where(valid, deltas, 0.0).to(values.dtype))
@@ -52,3 +60,11 @@ def set_at_(values: Tensor, at: Tensor, new: Tensor, valid: Tensor) -> Tensor:
 def restrict_range(values: Tensor, bound: float, *, out: Tensor | None = None) -> Tensor:
     """Return values clipped to [-bound, bound], NaN as 0, into ``out`` if given."""
     return torch.clamp(torch.nan_to_num(values, nan=0.0, out=out), -bound, bound, out=out)
+
+
+def mark(values: Tensor, hit: Tensor, blocked: Tensor | None) -> Tensor:
+    """Add the row-major values that are hit to a bool mask of the tensor's shape; N is padding."""
+    marks = torch.zeros_like(values, dtype=torch.uint8)
+    # padding shares a position with a value that may be hit: add, so that neither hides the other
+    storage(marks).index_add_(0, positions(hit, marks), (hit < values.numel()).to(torch.uint8))
+    return marks > 0 if blocked is None else blocked | (marks > 0)

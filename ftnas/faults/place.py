@@ -26,12 +26,16 @@ def check(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {model!r}")
-    if isinstance(model, torch.jit.ScriptModule):
+    modules = list(model.modules())
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
         raise ValueError(
             "a scripted model has no hooks and no parametrizations; inject into the model before scripting"
         )
-    if hasattr(model, "_orig_mod"):
-        raise ValueError("the model is compiled, and what is compiled reads no faults; inject into model._orig_mod")
+    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules):
+        raise ValueError(
+            "the model, or a part of it, is compiled, and what is compiled reads no faults; inject into the model "
+            "before torch.compile (a compiled one keeps it as model._orig_mod)"
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device and has no values to fault; load it on cpu or cuda first")
     for fault in faults:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from ftnas.faults.base import Fault, Plan, create_fault
+from ftnas.faults.base import Fault, Plan, Site, create_fault
 from ftnas.faults.drawing import Key
 from ftnas.settings import Rate, Settings, did_you_mean, parse
 from ftnas.storage import atomic_write
@@ -22,6 +24,11 @@ from ftnas.storage import atomic_write
 SCHEMA = 1
 KIND = "ftnas plans"
 _HEADER = "header"
+_UNREADABLE = (
+    OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, RuntimeError, MemoryError, OverflowError,
+    zipfile.BadZipFile, zlib.error, struct.error,
+)  # fmt: skip
+"""What NumPy and zipfile raise for a file that is not whole, or not an archive."""
 
 
 class _Entry(Settings):
@@ -79,7 +86,7 @@ class PlanSet:
         header, arrays = read_archive(path, KIND, SCHEMA)
         faults = faults_of(header, path)
         plans: dict[Key, Plan] = {}
-        for index, data in enumerate(header.get("plans", ())):
+        for index, data in enumerate(listed(header, "plans", path)):
             entry = parse(_Entry, data, where=f"{path}: plan {index}")
             if entry.fault >= len(faults):
                 raise ValueError(f"{path}: plan {index} belongs to fault {entry.fault} of {len(faults)}")
@@ -87,9 +94,14 @@ class PlanSet:
                 sites, codes = (torch.from_numpy(arrays[f"{index}.{name}"].copy()) for name in ("sites", "codes"))
             except KeyError as error:
                 raise ValueError(f"{path}: {error} is missing; the file is not whole") from None
+            except TypeError:
+                raise ValueError(f"{path}: plan {index} ({entry.layer}): sites and codes must be numbers") from None
             plan = Plan(sites, codes, entry.population, entry.rate, entry.shape, entry.span, entry.at_risk)
-            _check_plan(plan, f"{path}: plan {index} ({entry.layer})")
-            plans[entry.fault, entry.layer, entry.call] = plan
+            _check_plan(plan, faults[entry.fault], f"{path}: plan {index} ({entry.layer})")
+            key = (entry.fault, entry.layer, entry.call)
+            if key in plans:
+                raise ValueError(f"{path}: plan {index} is the second one of fault {entry.fault} for {entry.layer!r}")
+            plans[key] = plan
         return cls(faults, plans)
 
     def hits(self) -> int:
@@ -112,23 +124,45 @@ class PlanSet:
                 raise ValueError(f"the plans hit a layer {layer!r} that the model lacks; {did_you_mean(layer, names)}")
 
 
-def _check_plan(plan: Plan, where: str) -> None:
-    if plan.sites.dtype != torch.int64 or plan.codes.dtype not in (torch.int64, torch.float32):
-        raise ValueError(f"{where}: sites must be int64 and codes int64 or float32, got {plan.sites.dtype}")
-    if plan.sites.dim() != 1 or plan.codes.dim() != 1 or len(plan.codes) not in (
-        len(plan.sites), len(plan.sites) * plan.span,
-    ):  # fmt: skip
-        raise ValueError(f"{where}: {len(plan.sites)} sites and {len(plan.codes)} codes do not belong together")
-    if len(plan.sites) and not (0 <= int(plan.sites.min()) and int(plan.sites.max()) < plan.population):
-        raise ValueError(f"{where}: sites must lie in 0..{plan.population - 1}")
-    if plan.num_values and plan.population * plan.span % plan.num_values:
+def _check_plan(plan: Plan, fault: Fault, where: str) -> None:
+    """Refuse a plan from a file that the fault model cannot have drawn."""
+    sites, codes = plan.sites, plan.codes
+    kinds = fault.num_codes(Site("", plan.shape, 1, bits=24))  # no more than for the widest words
+    expected = torch.int64 if kinds else torch.float32
+    if sites.dtype != torch.int64 or codes.dtype != expected:
+        raise ValueError(f"{where}: sites must be int64 and codes {expected}, got {sites.dtype} and {codes.dtype}")
+    length = len(sites) if kinds else len(sites) * plan.span
+    if sites.dim() != 1 or codes.dim() != 1 or len(codes) != length:
+        raise ValueError(f"{where}: {len(sites)} sites and {len(codes)} codes do not belong together")
+    if min(plan.shape, default=1) < 0 or plan.population * plan.span % max(1, plan.num_values):
         raise ValueError(f"{where}: a population of {plan.population} does not fit the shape {list(plan.shape)}")
+    if not 0 <= plan.num_at_risk <= plan.population:
+        raise ValueError(f"{where}: at_risk must lie in 0..{plan.population}, got {plan.num_at_risk}")
+    if not len(sites):
+        return
+    if int(sites.min()) < 0 or int(sites.max()) >= plan.population or len(sites.unique()) < len(sites):
+        raise ValueError(f"{where}: sites must be distinct and lie in 0..{plan.population - 1}")
+    if kinds and (int(codes.min()) < 0 or int(codes.max()) >= kinds):
+        raise ValueError(f"{where}: codes must lie in 0..{kinds - 1}, got {int(codes.min())}..{int(codes.max())}")
+    if not bool(codes.isfinite().all()):
+        raise ValueError(f"{where}: codes must be finite")
+
+
+def listed(header: Mapping[str, Any], key: str, path: str | Path) -> list[Any]:
+    """Return a list that a file's header must have."""
+    found = header.get(key)
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: the header must hold a list of {key}, got {found!r:.40}")
+    return found
 
 
 def faults_of(header: Mapping[str, Any], path: str | Path) -> tuple[Fault, ...]:
     """Return the fault models that a file's header names; names to import are refused."""
-    found = header.get("faults", ())
-    return tuple(create_fault(data, where=f"{path}: fault", allow_import=False) for data in found)
+    found = listed(header, "faults", path)
+    try:
+        return tuple(create_fault(data, where="fault", allow_import=False) for data in found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def write_archive(path: str | Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -142,11 +176,17 @@ def write_archive(path: str | Path, header: Mapping[str, Any], arrays: Mapping[s
 def kind_of(path: str | Path) -> str | None:
     """Return what kind of file of `write_archive` this is; None where it is none."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            header = json.loads(archive[_HEADER].tobytes())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError):
+        header, _ = _read(Path(path))
+    except _UNREADABLE:
         return None
     return header.get("kind") if isinstance(header, dict) else None
+
+
+def _read(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
+    # from memory: of a file that is no archive NumPy would leave the handle open
+    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    return json.loads(arrays.pop(_HEADER).tobytes()), arrays
 
 
 def read_archive(path: str | Path, kind: str, schema: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -159,10 +199,8 @@ def read_archive(path: str | Path, kind: str, schema: int) -> tuple[dict[str, An
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        header = json.loads(arrays.pop(_HEADER).tobytes())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        header, arrays = _read(path)
+    except _UNREADABLE as error:
         raise ValueError(f"{path}: cannot be read as a file of {kind} ({type(error).__name__})") from None
     if not isinstance(header, dict) or header.get("kind") != kind:
         raise ValueError(f"{path}: not a file of {kind}")

@@ -27,7 +27,7 @@ Call = tuple[str, int]
 
 
 _ACTIVATIONS = frozenset(
-    "relu relu6 hardtanh leaky_relu rrelu prelu elu selu celu gelu silu mish sigmoid logsigmoid hardsigmoid tanh "
+    "relu relu6 hardtanh leakyrelu rrelu prelu elu selu celu gelu silu mish sigmoid logsigmoid hardsigmoid tanh "
     "hardswish softplus softsign softshrink hardshrink tanhshrink threshold".split()
 )
 ACTIVATION = "an activation function"
@@ -35,7 +35,7 @@ ACTIVATION = "an activation function"
 
 def is_activation(func: Callable[..., Any]) -> bool:
     """Tell whether a torch function is an activation function, in place or not."""
-    return getattr(func, "__name__", "").rstrip("_") in _ACTIVATIONS
+    return getattr(func, "__name__", "").replace("_", "") in _ACTIVATIONS  # relu_, log_sigmoid, _threshold
 
 
 @dataclass

@@ -30,12 +30,13 @@ def restrict(plan: Plan, site: Site, fault: Fault, *, only: Where | None, never:
     if (only is None or _whole_layer(only)) and not never:
         return plan
     allowed = allowed_cells(site, fault, only=only, never=never)
+    elsewhere = allowed.to(plan.sites.device, non_blocking=True)  # so that a training step never waits
     value = plan.sites * plan.span
     channel = value // site.channel_stride % site.channels
     place = value % site.map_size
     num_bits = len(allowed)
     bit = fault.bits_hit(plan).clamp_max(num_bits - 1) if fault.num_bits(site) is not None else torch.zeros_like(value)
-    keep = plan.valid() & allowed.to(value.device)[bit, channel, place]
+    keep = plan.valid() & elsewhere[bit, channel, place]
     at_risk, rate = _remaining(plan, allowed)
     kept = (
         plan.taken(keep)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftnas.space.ops import dropout, feature_points, make_preprocess, make_stem, zeros_like_output
+from ftnas.space.ops import activated_points, dropout, feature_points, make_preprocess, make_stem, zeros_like_output
 from ftnas.space.space import NUM_INPUTS, CellPlan, Space
 
 
@@ -91,3 +91,7 @@ class CellNetwork(nn.Module):
     def feature_points(self) -> dict[str, str]:
         """Return, for each Conv2d whose output goes to a BatchNorm alone, the names of both modules."""
         return feature_points(self)
+
+    def activated_points(self) -> frozenset[str]:
+        """Return the names of the Conv2d whose feature point goes to an activation function alone."""
+        return activated_points(self)

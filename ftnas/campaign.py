@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from ftnas.data import ImageSet
@@ -36,6 +36,12 @@ class SweepConfig(Settings):
     fault: AnyFault
     rates: tuple[Rate, ...] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _rates_suit_the_fault(self) -> SweepConfig:
+        for rate in self.rates:
+            self.fault.with_rate(rate)
+        return self
+
 
 class CampaignConfig(Settings):
     """What to measure.
@@ -53,6 +59,18 @@ class CampaignConfig(Settings):
     images: Count | None = None
     batch_size: Count = 200
     errors: Errors | None = None
+
+    @field_validator("sweeps")
+    @classmethod
+    def _tell_apart(cls, sweeps: tuple[SweepConfig, ...]) -> tuple[SweepConfig, ...]:
+        names = [sweep.fault.name for sweep in sweeps]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"one sweep for each fault model, since records tell them apart by name, and {name!r} is there "
+                    "twice; join their rates, or measure the second variant in a run of its own"
+                )
+        return sweeps
 
 
 @dataclass(frozen=True)
@@ -115,7 +133,7 @@ def run_campaign(
         if identities.count(identity) > 1:
             raise ValueError(f"campaign: two models are called {identity[0]!r} (training seed {identity[1]})")
     journal = folder.journal(RECORDS)
-    done = {_key_of(record) for record in journal.records()}
+    done = {_key_of(record, f"{journal.path}: record {n}") for n, record in enumerate(journal.records(), start=1)}
     grid = list(_grid(config))
     total = len(grid) * len(subjects)
     measured = sum(point.key(subject) in done for subject in subjects for point in grid)
@@ -139,8 +157,12 @@ def _grid(config: CampaignConfig) -> Iterator[_Point]:
                 yield _Point(sweep, rate, device)
 
 
-def _key_of(record: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(record[name] for name in ("model", "train_seed", "fault", "rate", "device"))
+def _key_of(record: dict[str, Any], where: str) -> tuple[Any, ...]:
+    names = ("model", "train_seed", "fault", "rate", "device")
+    missing = [name for name in names if name not in record]
+    if missing:
+        raise ValueError(f"{where} has no {missing[0]!r}; restore the file, or remove that line to measure it again")
+    return tuple(record[name] for name in names)
 
 
 def _measure(

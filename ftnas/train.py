@@ -18,6 +18,7 @@ from ftnas.data import AugmentConfig, ImageSet
 from ftnas.evaluate import Forward, correct_predictions
 from ftnas.faults import Injection
 from ftnas.faults.hardware import Hardware
+from ftnas.models import check_state
 from ftnas.progress import track
 from ftnas.rng import isolated, seed_for
 from ftnas.rundir import Folder
@@ -212,7 +213,8 @@ def _restore(folder: Folder, model: nn.Module, optimizer: torch.optim.Optimizer,
     if not folder.file(CHECKPOINT).exists():
         folder.journal(HISTORY).truncate(0)
         return 0
-    state = folder.load(CHECKPOINT)
+    state = folder.load(CHECKPOINT, keys=("epoch", "model", "optimizer", "scheduler", "history"))
+    check_state(model.state_dict(), state["model"], where=str(folder.file(CHECKPOINT)))
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])

@@ -160,12 +160,12 @@ class RunDir(Folder):
         target = path.resolve()
         try:
             old = _occupied(target, path)
+            if old and not _is_run(target):
+                raise ValueError(f"{path} holds files and no run of ours, so it is left alone; choose another place")
             if old and not overwrite:
                 raise ValueError(
                     f"run folder {path} exists already; continue it with --resume {path} or replace it with --overwrite"
                 )
-            if old and not _is_run(target):
-                raise ValueError(f"{path} holds files and no run of ours, so --overwrite leaves it alone")
             version = code_version()  # before the lock: a git process must not inherit it
             with contextlib.ExitStack() as undo:
                 # An empty folder is filled in place: it may be a mount point, in a parent that is not ours.

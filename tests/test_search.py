@@ -208,6 +208,7 @@ def test_cells_that_nothing_reads_are_reported(space, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"warmup_epochs": 3}, "warmup_epochs must be in 0..epochs-1"),
+        ({"derive": {"train_epochs": -1}}, "greater than or equal to 0"),
         ({"split": 1.0}, "split must be above 0 and below 1"),
         ({"controller": {"name": "reinforced"}}, "did you mean 'reinforce'"),
         ({"weights": {"batch_size": 4096, "lr": 0.1}}, "is above the 128 images"),

@@ -150,7 +150,10 @@ def run_campaign(
         if identities.count(identity) > 1:
             raise ValueError(f"campaign: two models are called {identity[0]!r} (training seed {identity[1]})")
     journal = folder.journal(RECORDS)
-    done = {_key_of(record): float(record["accuracy"]) for record in journal.records()}
+    done = {
+        _key_of(record, f"{journal.path}: record {n}"): float(record["accuracy"])
+        for n, record in enumerate(journal.records(), start=1)
+    }
     grid = list(_grid(config))
     measured = sum(point.key(subject) in done for subject in subjects for point in grid)
     with track("campaign", len(grid) * len(subjects), done=measured) as progress:
@@ -193,8 +196,12 @@ def _grid(config: CampaignConfig) -> Iterator[_Point]:
                 yield _Point(sweep, rate, device)
 
 
-def _key_of(record: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(record[name] for name in ("model", "train_seed", "fault", "rate", "device"))
+def _key_of(record: dict[str, Any], where: str) -> tuple[Any, ...]:
+    names = ("model", "train_seed", "fault", "rate", "device")
+    missing = [name for name in names if name not in record]
+    if missing:
+        raise ValueError(f"{where} has no {missing[0]!r}; restore the file, or remove that line to measure it again")
+    return tuple(record[name] for name in names)
 
 
 def _measure(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ftnas.controllers import Controller
 from ftnas.data import ImageSet
@@ -35,7 +37,7 @@ class DeriveConfig(Settings):
     draws: Count = 1
     finalists: Count = 5
     final_draws: Count = 5
-    train_epochs: int = 0
+    train_epochs: Annotated[int, Field(ge=0)] = 0
 
 
 def derive(

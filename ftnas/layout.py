@@ -22,6 +22,8 @@ CHIP = 1.06
 """Width of a label, which stands at the left of the node that its edge leads to."""
 CHIP_PITCH = 0.3
 COLUMN = 2.1
+REACH = 0.45
+"""An edge is a Bezier curve that is level at both ends: its control points lie this share of its width inside."""
 _CHIP_START = 1.36  # from the node's middle to the left side of its labels
 _ROW = 0.55
 _TRIED = 3000
@@ -93,9 +95,26 @@ def _cost(cell: Cell, plan: Plan, nodes: list[int], links: list[Edge]) -> float:
         cost += 0.25 * abs(y1 - y0)
         for node in nodes:
             x, y = plan[node]
-            if x0 < x - _CHIP_START < x1 - 0.5:  # it passes this node's column
-                cost += 6 * (abs(y0 + (x - 0.5 - x0) / (x1 - x0) * (y1 - y0) - y) < 0.42)
+            left = x - _CHIP_START
+            if x0 < left < x1 - 0.5:  # it passes this node's column, labels and all
+                passed = [(min(at, x1) - x0) / (x1 - x0) for at in (left, left + 0.5, left + 1.0, x)]
+                cost += 6 * any(abs(y0 + _bend(share) * (y1 - y0) - y) < 0.42 for share in passed)
     return cost + sum(_cross(one, other) for one, other in itertools.combinations(lines, 2))
+
+
+def _bend(share: float) -> float:
+    """Return how far up a drawn edge is, in [0, 1], after this share of its way to the right."""
+    return _BENDS[round(share * (len(_BENDS) - 1))]
+
+
+def _bends(num: int) -> list[float]:
+    t = np.linspace(0, 1, 1000)
+    x = 3 * REACH * t * (1 - t) ** 2 + 3 * (1 - REACH) * t**2 * (1 - t) + t**3
+    height: list[float] = np.interp(np.linspace(0, 1, num), x, 3 * t**2 - 2 * t**3).tolist()
+    return height
+
+
+_BENDS = _bends(101)
 
 
 def _cross(a: Line, b: Line) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ftnas import baselines, rng
@@ -126,7 +126,7 @@ def build_spec(spec: Mapping[str, Any], *, seed: int, allow_factory: bool = Fals
             if kind == "baseline":
                 return baselines.create(spec["baseline"], **sizes, width=spec["width"], image_size=spec["image_size"])
             _refuse_imports([spec["factory"]], allow_factory)
-            return _from_factory(spec["factory"], sizes)
+            return call_factory(spec["factory"], **sizes)
     except KeyError as error:
         raise ValueError(f"model: a spec of kind {kind!r} needs {error}") from None
 
@@ -205,18 +205,37 @@ def load_model(path: str | Path, *, allow_factory: bool = False) -> tuple[nn.Mod
         model = build_spec(data["spec"], seed=0, allow_factory=allow_factory)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    _check_state(model.state_dict(), data["state"], path)
+    check_state(model.state_dict(), data["state"], where=str(path))
     model.load_state_dict(data["state"])
     return model.eval(), data["metadata"]
 
 
-def _check_state(own: Mapping[str, Any], given: Mapping[str, Any], path: str | Path) -> None:
-    """Name the first key at which a state and an architecture differ."""
+def check_state(own: Mapping[str, Any], given: Any, *, where: str) -> None:
+    """Check that a state that was read fits an architecture and holds no NaN (an infinity may be a mask).
+
+    Args:
+        own: The architecture's ``state_dict``.
+        given: What was read.
+        where: Prefix of messages: the file.
+
+    Raises:
+        ValueError: One line with the first key at which they differ, or that holds NaN.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where}: a state is tensors by name, got {type(given).__name__}")
     for key in [*own, *(key for key in given if key not in own)]:
-        want = list(own[key].shape) if key in own else "nothing"
-        have = list(given[key].shape) if key in given else "nothing"
+        want, have = _shape(own.get(key)), _shape(given.get(key))
         if want != have:
-            raise ValueError(f"{path}: state of another architecture: {key!r} should be {want}, got {have}")
+            raise ValueError(f"{where}: state of another architecture: {key!r} should be {want}, got {have}")
+    for key, value in given.items():
+        if isinstance(value, Tensor) and value.isnan().any():
+            raise ValueError(f"{where}: {key!r} holds NaN, so every answer would be wrong; take an intact file")
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return list(value.shape)
+    return "nothing" if value is None else type(value).__name__
 
 
 def _refuse_imports(names: Sequence[str], allowed: bool) -> None:
@@ -224,8 +243,20 @@ def _refuse_imports(names: Sequence[str], allowed: bool) -> None:
         raise ValueError(f"it would import {names[0]!r}; if you trust the file, load it with allow_factory=True")
 
 
-def _from_factory(name: str, sizes: Mapping[str, int]) -> nn.Module:
-    model = import_name(name, "factory")(**sizes)
+def call_factory(name: str, *, num_classes: int, in_channels: int) -> nn.Module:
+    """Import the user's own ``package.module:Name`` and call it.
+
+    Raises:
+        ValueError: It cannot be imported, raises something, or returns no module.
+    """
+    factory = import_name(name, "factory")
+    try:
+        model = factory(num_classes=num_classes, in_channels=in_channels)
+    except Exception as error:  # the user's own code
+        raise ValueError(
+            f"factory {name!r}: called with num_classes={num_classes}, in_channels={in_channels} it raised "
+            f"{type(error).__name__}: {error} (FTNAS_DEBUG=1 shows where)"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"factory {name!r}: must return a torch.nn.Module, got {type(model).__name__}")
     return model

@@ -14,9 +14,8 @@ from ftnas.campaign import Subject, run_campaign
 from ftnas.config import SEARCHES, GivenModel, RunConfig
 from ftnas.data import ImageSet, load, stratified_split
 from ftnas.derive import WINNER
-from ftnas.models import ModelConfig, build_spec, count, describe, load_model, save_model
+from ftnas.models import ModelConfig, build_spec, call_factory, check_state, count, describe, load_model, save_model
 from ftnas.protection import run_protection
-from ftnas.registry import import_name
 from ftnas.rng import seed_for
 from ftnas.rundir import Folder, RunDir
 from ftnas.search import Search, SearchConfig
@@ -221,9 +220,7 @@ def pick_device(name: str) -> torch.device:
 def _from_factory(given: GivenModel, *, num_classes: int, in_channels: int) -> nn.Module:
     """Build the user's own network and load its weights; nothing but tensors is read from the checkpoint."""
     assert given.factory is not None and given.checkpoint is not None
-    network = import_name(given.factory, "factory")(num_classes=num_classes, in_channels=in_channels)
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"factory {given.factory!r}: must return a torch.nn.Module, got {type(network).__name__}")
+    network = call_factory(given.factory, num_classes=num_classes, in_channels=in_channels)
     state = load_checkpoint(given.checkpoint)
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
@@ -232,6 +229,7 @@ def _from_factory(given: GivenModel, *, num_classes: int, in_channels: int) -> n
     except (RuntimeError, AttributeError, TypeError) as error:
         problem = str(error).splitlines()[-1].strip()
         raise ValueError(f"{given.checkpoint}: does not fit {given.factory!r}: {problem}") from None
+    check_state(network.state_dict(), network.state_dict(), where=given.checkpoint)
     return network
 
 

@@ -20,7 +20,7 @@ from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from ftnas.layout import CHIP, OUTPUT, Cell, Edge, Line, Plan, edges, ends, half_width, plan_cell, spread
+from ftnas.layout import CHIP, OUTPUT, REACH, Cell, Edge, Line, Plan, edges, ends, half_width, plan_cell, spread
 from ftnas.storage import atomic_write
 
 INK = "#1f2328"
@@ -275,7 +275,7 @@ def _box(corner: tuple[float, float], width: float, height: float, **style: Any)
 
 def _bezier(axes: Axes, line: Line, **style: Any) -> None:
     (x0, y0), (x1, y1) = line
-    reach = 0.45 * (x1 - x0)
+    reach = REACH * (x1 - x0)
     outline = Outline([(x0, y0), (x0 + reach, y0), (x1 - reach, y1), (x1, y1)], [1, 4, 4, 4])
     axes.add_patch(PathPatch(outline, facecolor="none", edgecolor=style.pop("color"), zorder=2, **style))
 

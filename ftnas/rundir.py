@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -74,13 +74,22 @@ class Folder:
         save_checkpoint(path, state)
         return path
 
-    def load(self, name: str) -> Any:
+    def load(self, name: str, *, keys: Sequence[str] = ()) -> Any:
         """Read a checkpoint back, tensors on the CPU.
 
+        Args:
+            name: As in ``save``.
+            keys: What it must hold at least.
+
         Raises:
-            ValueError: No such file, or it is truncated or foreign, or holds more than plain values.
+            ValueError: No such file, or it is truncated or foreign, lacks a key, or holds more than plain values.
         """
-        return load_checkpoint(self.file(name))
+        path = self.file(name)
+        state = load_checkpoint(path)
+        for key in keys:
+            if not isinstance(state, dict) or key not in state:
+                raise ValueError(f"{path}: not a checkpoint of this stage, it has no {key!r}; restore or remove it")
+        return state
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file (UTF-8) in one step."""
@@ -151,12 +160,12 @@ class RunDir(Folder):
         target = path.resolve()
         try:
             old = _occupied(target, path)
+            if old and not _is_run(target):
+                raise ValueError(f"{path} holds files and no run of ours, so it is left alone; choose another place")
             if old and not overwrite:
                 raise ValueError(
                     f"run folder {path} exists already; continue it with --resume {path} or replace it with --overwrite"
                 )
-            if old and not _is_run(target):
-                raise ValueError(f"{path} holds files and no run of ours, so --overwrite leaves it alone")
             version = code_version()  # before the lock: a git process must not inherit it
             with contextlib.ExitStack() as undo:
                 # An empty folder is filled in place: it may be a mount point, in a parent that is not ours.
@@ -188,6 +197,8 @@ class RunDir(Folder):
         """
         path = Path(path).expanduser()
         if not _is_run(path):
+            if (path / "run.json").is_file():
+                raise ValueError(f"{path / 'run.json'} is torn or of another program; restore it, or start a new run")
             raise ValueError(f"{path} is not a run folder: it has no run.json; check the path, or start a new run")
         target = path.resolve()
         stored = json.loads((target / "run.json").read_text(encoding="utf-8")).get("config_sha256")

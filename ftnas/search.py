@@ -15,6 +15,7 @@ from ftnas.data import ImageSet
 from ftnas.derive import DeriveConfig, derive
 from ftnas.evaluate import score
 from ftnas.faults.hardware import Hardware
+from ftnas.models import check_state
 from ftnas.plots import draw_genotype, pixels
 from ftnas.progress import say, track
 from ftnas.rng import generator, isolated, seed_for
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 TRIALS = "trials.jsonl"
 UPDATES = "updates.jsonl"
 EPOCHS = "epochs.jsonl"
+_SAVED = ("epoch", "supernet", "optimizer", "scheduler", "controller", "uniform", "offsets")
 PICTURES = 10
 """Genotypes that a search draws for TensorBoard along the way, the winner not counted."""
 COLLAPSED = 0.05
@@ -301,7 +303,10 @@ class Search:
 
     def _restore(self) -> int:
         """Go back to the folder's checkpoint, if any, and return the number of epochs that it holds."""
-        state = self._folder.load(CHECKPOINT) if self._folder.file(CHECKPOINT).exists() else None
+        path, state = self._folder.file(CHECKPOINT), None
+        if path.exists():
+            state = self._folder.load(CHECKPOINT, keys=_SAVED)
+            check_state(self.supernet.state_dict(), state["supernet"], where=str(path))
         for name in (TRIALS, UPDATES, EPOCHS):
             self._folder.journal(name).truncate(state["offsets"][name] if state else 0)
         if state is None:

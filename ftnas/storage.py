@@ -64,11 +64,14 @@ def read_journal(path: Path) -> tuple[list[dict[str, Any]], bool]:
         The records of all whole lines (none without a file), and whether a torn last line was left out.
 
     Raises:
-        ValueError: A whole line is not a JSON object.
+        ValueError: It cannot be read, or a whole line is not a JSON object.
     """
     if not path.exists():
         return [], False
-    *lines, tail = path.read_bytes().split(b"\n")
+    try:
+        *lines, tail = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); restore the file") from None
     records = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -18,6 +18,7 @@ from ftnas.data import AugmentConfig, ImageSet
 from ftnas.evaluate import Forward, answers
 from ftnas.faults import Injection
 from ftnas.faults.hardware import Hardware
+from ftnas.models import check_state
 from ftnas.progress import track
 from ftnas.rng import isolated, seed_for
 from ftnas.rundir import Folder
@@ -80,7 +81,8 @@ class TrainConfig(SgdConfig):
 
     Attributes:
         epochs: Passes over the training images.
-        bn_statistics: Which of the two forwards moves the running BatchNorm statistics.
+        bn_statistics: Which of the two forwards moves the running BatchNorm statistics (measured in
+            docs/results/bn-statistics.md); the weights do not depend on it.
         rate_protocol: Training rates to try, as the paper's Table 4 does: the largest whose clean accuracy on the
             held-out training images is above ``rate_threshold`` is kept. None trains at the hardware's own rate.
         holdout: Share of the training images that is held out for the rate protocol (or, without one, not at all).
@@ -212,7 +214,8 @@ def _restore(folder: Folder, model: nn.Module, optimizer: torch.optim.Optimizer,
     if not folder.file(CHECKPOINT).exists():
         folder.journal(HISTORY).truncate(0)
         return 0
-    state = folder.load(CHECKPOINT)
+    state = folder.load(CHECKPOINT, keys=("epoch", "model", "optimizer", "scheduler", "history"))
+    check_state(model.state_dict(), state["model"], where=str(folder.file(CHECKPOINT)))
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])

@@ -73,3 +73,27 @@ def test_a_cut_campaign_goes_on_to_the_same_records(images, tmp_path):
 def test_names_must_tell_models_apart(images, tmp_path):
     with RunDir.create(tmp_path / "run", {}) as folder, pytest.raises(ValueError, match="two models are called 'a'"):
         run(folder, images, [subject("a"), subject("a")])
+
+
+def test_records_that_cannot_be_read_are_named(images, tmp_path):
+    with RunDir.create(tmp_path / "run", {}) as folder:
+        for record in ({"model": "a"}, {"model": "b"}):
+            folder.journal(RECORDS).append(record)
+        with pytest.raises(ValueError, match="record 1 has no 'train_seed'"):
+            run(folder, images, [subject("a")])
+        folder.file(RECORDS).unlink()
+        folder.file(RECORDS).mkdir()
+        with pytest.raises(ValueError, match=r"records.jsonl: cannot be read \(Is a directory\)"):
+            run(folder, images, [subject("a")])
+
+
+@pytest.mark.parametrize(
+    ("sweeps", "message"),
+    [
+        ([SWEEPS[0], SWEEPS[1], SWEEPS[0] | {"rates": [0.2]}], "'mibb' is there twice"),
+        ([{"fault": {"name": "adsaf", "sa0_rate": 0, "sa1_rate": 0}, "rates": [0.1]}], "both are 0 here"),
+    ],
+)
+def test_sweeps_are_checked_before_anything_runs(sweeps, message):
+    with pytest.raises(ValueError, match=message):
+        CampaignConfig(sweeps=sweeps)

@@ -232,3 +232,35 @@ def test_a_training_killed_by_signal_9_is_resumed(tmp_path):
     assert ftnas("train", "--resume", run) == 0
     history = [json.loads(line) for line in (checkpoint.parent / "epochs.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in history] == list(range(12))
+
+
+FACTORIES = {
+    "raises": ("json:loads", "called with num_classes=10, in_channels=1 it raised TypeError"),
+    "returns no module": ("builtins:dict", "must return a torch.nn.Module, got dict"),
+}
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_a_factory_that_fails_is_the_users_to_mend(kind, finished, tmp_path, capsys):
+    name, message = FACTORIES[kind]
+    trained = ["train", "quickstart", *TRAIN, f"train.models={{a: {{factory: '{name}'}}}}", "campaign=null"]
+    assert ftnas(*trained, "--out", tmp_path / "trained") == 2
+    given = f"models={{a: {{factory: '{name}', checkpoint: {finished}/train/model.pt}}}}"
+    campaign = ["campaign", "quickstart", "search=null", "control=null", "train=null", given]
+    assert ftnas(*campaign, "--out", tmp_path / "given") == 2
+    error = capsys.readouterr().err
+    assert error.count(message) == 2 and "Traceback" not in error
+
+
+def test_nan_in_the_users_weights_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_net.py").write_text(
+        "from torch import nn\n"
+        "def make(num_classes, in_channels):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save({"1.weight": torch.full((10, 64), torch.nan), "1.bias": torch.zeros(10)}, tmp_path / "own.pt")
+    given = f"models={{a: {{factory: 'own_net:make', checkpoint: {tmp_path}/own.pt}}}}"
+    campaign = ["campaign", "quickstart", "search=null", "control=null", "train=null", given]
+    assert ftnas(*campaign, "--out", tmp_path / "run") == 2
+    assert "own.pt: '1.weight' holds NaN" in capsys.readouterr().err

@@ -392,6 +392,10 @@ LAYOUTS = {
     "no test": (lambda root: os.rename(root / "test", root / "testing"), r"has no folder test/ \(or val/\)"),
     "other classes": (lambda root: os.rename(root / "test/bee", root / "test/wasp"), "'bee' is in train/ and not in"),
     "empty class": (lambda root: (root / "train/bee/0.png").unlink(), "train/bee: the class folder is empty"),
+    "empty class of the other split": (
+        lambda root: [path.unlink() for path in (root / "test/bee").iterdir()],
+        "test/bee: the class folder is empty",
+    ),
     "loose image": (lambda root: os.rename(root / "train/bee/0.png", root / "train/0.png"), "outside the class"),
     "nested": (lambda root: (root / "train/bee/more").mkdir(), "bee/more: a folder inside a class folder"),
 }

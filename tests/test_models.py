@@ -198,6 +198,9 @@ def test_broken_model_files(tmp_path, small_genotype):
         ({"state": narrower}, f"'{key}' should be"),
         ({"state": missing}, "'classifier.bias' should be [5], got nothing"),
         ({"state": {**data["state"], "extra": torch.zeros(2)}}, "'extra' should be nothing, got [2]"),
+        ({"state": {**data["state"], key: data["state"][key] * float("nan")}}, f"'{key}' holds NaN"),
+        ({"state": {**data["state"], key: "text"}}, f"'{key}' should be"),
+        ({"state": [1, 2]}, "tensors by name, got list"),
         ({"spec": {**data["spec"], "kind": "net"}}, "kind is one of genotype, baseline, factory, got 'net'"),
         ({"spec": {"kind": "genotype", "num_classes": 5, "in_channels": 1}}, "needs 'space'"),
     ]

@@ -128,6 +128,21 @@ def test_plan_runs_left_to_right(inner: int) -> None:
     assert all(plan[-1][0] > x for node, (x, _) in plan.items() if node != -1)
 
 
+@pytest.mark.parametrize("far", [0, 1])
+def test_edges_pass_beside_the_labels_of_other_nodes(far: int) -> None:
+    cell = {"2": [["max_pool_3x3", 0], ["max_pool_3x3", 1]], "3": [["conv_1x1", far], ["conv_1x1", 2]]}
+    (axes,) = draw_genotype({"normal": cell}).axes
+    boxes = [patch.get_window_extent() for patch in axes.patches if isinstance(patch, FancyBboxPatch)]
+    drawn = [patch for patch in axes.patches if not isinstance(patch, FancyBboxPatch)]
+    for patch in drawn[2:]:  # the first two lead to the output
+        path = patch.get_transform().transform_path(patch.get_path()).interpolated(1)
+        points = np.concatenate([part for part in path.to_polygons(closed_only=False)])[1:-1]
+        start, end = points[0], points[-1]
+        for box in boxes:
+            at_an_end = any(box.padded(4).contains(*point) for point in (start, end))
+            assert at_an_end or not any(box.contains(*point) for point in points)
+
+
 def test_genotype_without_cells() -> None:
     with pytest.raises(ValueError, match="cells named normal and reduce"):
         draw_genotype({"name": "x"})

@@ -78,14 +78,16 @@ def test_overwrite_refuses_what_is_no_run(tmp_path: Path, content: str | None) -
     home = tmp_path / "home"
     home.mkdir()
     (home / "letters.txt").write_text("dear")
+    rule = "it has no run.json" if content is None else "run.json is torn or of another program"
     if content is not None:
         (home / "run.json").write_text(content)
     before = {path.name: path.read_bytes() for path in home.iterdir()}
-    with pytest.raises(ValueError, match="no run of ours") as error:
-        RunDir.create(home, CONFIG, overwrite=True)
-    one_line(error)
+    for overwrite in (True, False):
+        with pytest.raises(ValueError, match="no run of ours, so it is left alone; choose another place") as error:
+            RunDir.create(home, CONFIG, overwrite=overwrite)
+        one_line(error)
     assert {path.name: path.read_bytes() for path in home.iterdir()} == before
-    with pytest.raises(ValueError, match="run.json") as error:
+    with pytest.raises(ValueError, match=rule) as error:
         RunDir.open(home)
     one_line(error)
 

@@ -155,6 +155,26 @@ def test_killed_and_resumed_equals_uninterrupted(space, tmp_path):
     assert contents(tmp_path / "cut" / "search") == contents(tmp_path / "whole" / "search")
 
 
+def test_a_checkpoint_that_does_not_fit_is_named(space, tmp_path):
+    with RunDir.create(tmp_path / "run", {}) as run:
+        stage = run.stage("search")
+        make_search(space, stage, epochs=2).run()
+        state, trials = stage.load("checkpoint.pt"), stage.file("trials.jsonl").read_bytes()
+        shared = state["supernet"]
+        weight = shared["stem.0.weight"]
+        for changes, message in (
+            ({"supernet": {**shared, "stem.0.weight": weight[:2]}}, "another architecture: 'stem.0.weight'"),
+            ({"supernet": {**shared, "stem.0.weight": weight * float("nan")}}, "'stem.0.weight' holds NaN"),
+        ):
+            stage.save("checkpoint.pt", state | changes)
+            with pytest.raises(ValueError, match=message):
+                make_search(space, stage, epochs=2).run()
+        stage.save("checkpoint.pt", {key: value for key, value in state.items() if key != "offsets"})
+        with pytest.raises(ValueError, match="it has no 'offsets'"):
+            make_search(space, stage, epochs=2).run()
+        assert stage.file("trials.jsonl").read_bytes() == trials
+
+
 def test_weights_that_diverge_are_an_error(space, tmp_path):
     weights = {"batch_size": 32, "lr": 1e30, "alpha_l": 0.5, "grad_clip": None}
     with RunDir.create(tmp_path / "run", {}) as run, pytest.raises(RuntimeError, match="NaN or infinite in search"):
@@ -188,6 +208,7 @@ def test_cells_that_nothing_reads_are_reported(space, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"warmup_epochs": 3}, "warmup_epochs must be in 0..epochs-1"),
+        ({"derive": {"train_epochs": -1}}, "greater than or equal to 0"),
         ({"split": 1.0}, "split must be above 0 and below 1"),
         ({"controller": {"name": "reinforced"}}, "did you mean 'reinforce'"),
         ({"weights": {"batch_size": 4096, "lr": 0.1}}, "is above the 128 images"),

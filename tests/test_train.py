@@ -117,6 +117,24 @@ def test_resume_from_a_checkpoint_equals_an_uninterrupted_run(images, tmp_path):
         assert torch.equal(value, fresh.state_dict()[name]), name
 
 
+def test_a_checkpoint_that_does_not_fit_is_named(images, tmp_path):
+    with RunDir.create(tmp_path / "run", {}) as run:
+        fit(small_net(), images, config=recipe(epochs=1), hardware=HARDWARE, seed=1, folder=run)
+        state = run.load(CHECKPOINT)
+        weight = state["model"]["0.weight"]
+        for changes, message in (
+            ({"model": {**state["model"], "0.weight": weight[:2]}}, "another architecture: '0.weight' should be"),
+            ({"model": {**state["model"], "0.weight": weight * float("nan")}}, "'0.weight' holds NaN"),
+            ({"model": None}, "tensors by name, got NoneType"),
+        ):
+            run.save(CHECKPOINT, state | changes)
+            with pytest.raises(ValueError, match=message):
+                fit(small_net(), images, config=recipe(epochs=2), hardware=HARDWARE, seed=1, folder=run)
+        run.save(CHECKPOINT, {"weights": weight})
+        with pytest.raises(ValueError, match="not a checkpoint of this stage, it has no 'epoch'"):
+            fit(small_net(), images, config=recipe(epochs=2), hardware=HARDWARE, seed=1, folder=run)
+
+
 def test_rate_protocol_keeps_the_largest_rate_that_passes(images, tmp_path):
     split = (torch.arange(96), torch.arange(96, 128))
     for threshold, kept in ((0.0, 0.02), (0.999, 0.001)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,8 @@ from ftnas.settings import Count, Positive, Rate, Settings
 
 RECORDS = "protection.jsonl"
 SCHEMA = 1
+_GONE = 7.0
+"""Decay of an accuracy of which 0.1% or less is left above chance."""
 
 Method = Literal["triplicate", "ecc", "clip"]
 
@@ -163,15 +166,17 @@ class _Study:
         with track(f"protect {self._subject.name}", 1 + (len(layers) + 1) * config.devices) as progress:
             clean = self._measure("clean", (), choosing, progress)
             whole = self._measure("unprotected", (), choosing, progress)
-            losses = {layer: max(0.0, clean - self._measure("alone", (layer,), choosing, progress)) for layer in layers}
-        order = chosen_order(losses, costs, config.budget)
-        steps = steps_of(order, losses, clean=clean, unprotected=whole, target=config.target)
+            alone = {layer: self._measure("alone", (layer,), choosing, progress) for layer in layers}
+        ends = {"clean": clean, "chance": 1.0 / len(choosing.classes)}
+        decays = {layer: decay(accuracy, **ends) for layer, accuracy in alone.items()}
+        order = chosen_order(decays, costs, config.budget)
+        predicted = [predict(order[:n], decays, unprotected=whole, **ends) for n in range(len(order) + 1)]
+        steps = [0, *steps_of(predicted[1:], config.target)]
         with track(f"measure protected {self._subject.name}", len(steps) * config.devices) as progress:
-            self._measure("measured", (), testing, progress, overhead=0.0, predicted=whole)
-            for size, predicted in steps:
+            for size in steps:
                 names = tuple(order[:size])
-                costs_of = sum(costs[name] for name in names)
-                accuracy = self._measure("measured", names, testing, progress, overhead=costs_of, predicted=predicted)
+                facts = {"overhead": float(sum(costs[name] for name in names)), "predicted": predicted[size]}
+                accuracy = self._measure("measured", names, testing, progress, **facts)
                 if config.target is not None and accuracy >= config.target:
                     return
 
@@ -218,49 +223,60 @@ class _Study:
         return not left - (select_layers(layers, whole) if whole else frozenset())
 
 
-def chosen_order(losses: Mapping[str, float], costs: Mapping[str, float], budget: float) -> list[str]:
-    """Return the layers to protect, best first: by loss per cost, each that still fits into the budget.
+def decay(accuracy: float, *, clean: float, chance: float) -> float:
+    """Return -log of the share of the accuracy above chance that is left, >= 0; at most `_GONE`."""
+    if clean <= chance:
+        return 0.0
+    return max(0.0, -math.log(max(math.exp(-_GONE), (accuracy - chance) / (clean - chance))))
+
+
+def chosen_order(decays: Mapping[str, float], costs: Mapping[str, float], budget: float) -> list[str]:
+    """Return the layers to protect, best first: by decay per cost, each that still fits into the budget.
 
     Args:
-        losses: Accuracy that faults in a layer alone take, >= 0.
+        decays: What faults in a layer alone do, as `decay` measures it.
         costs: What protecting the layer costs, > 0, in the unit of the budget.
         budget: Largest sum of costs.
     """
     order: list[str] = []
     left = budget
-    for name in sorted(losses, key=lambda layer: (-losses[layer] / costs[layer], layer)):
-        if losses[name] > 0.0 and costs[name] <= left * (1 + 1e-9):
+    for name in sorted(decays, key=lambda layer: (-decays[layer] / costs[layer], layer)):
+        if decays[name] > 0.0 and costs[name] <= left * (1 + 1e-9):
             order.append(name)
             left -= costs[name]
     return order
 
 
-def predict(protected: Sequence[str], losses: Mapping[str, float], *, clean: float, unprotected: float) -> float:
-    """Return the accuracy that protecting some layers should give, if the layers' losses add up.
+def predict(
+    protected: Sequence[str], decays: Mapping[str, float], *, clean: float, unprotected: float, chance: float
+) -> float:
+    """Return the accuracy that protecting some layers should give, if every layer takes its share of what is left.
 
-    clean - (clean - unprotected) * (loss of the other layers) / (loss of all): the losses of single layers, scaled so
-    that both ends are what was measured.
+    chance + (clean - chance) * exp(-k * sum of the other layers' decays), with k such that protecting nothing gives
+    what was measured without protection.
     """
-    total = sum(losses.values())
+    total = sum(decays.values())
     if total == 0.0:
         return unprotected
-    rest = sum(loss for layer, loss in losses.items() if layer not in set(protected))
-    return clean - (clean - unprotected) * rest / total
+    rest = sum(value for layer, value in decays.items() if layer not in set(protected))
+    whole = decay(unprotected, clean=clean, chance=chance)
+    return chance + (clean - chance) * math.exp(-whole * rest / total)
 
 
-def steps_of(
-    order: Sequence[str], losses: Mapping[str, float], *, clean: float, unprotected: float, target: float | None
-) -> list[tuple[int, float]]:
-    """Return which protections to measure: (number of layers, predicted accuracy), the cheapest first.
+def steps_of(predicted: Sequence[float], target: float | None) -> list[int]:
+    """Return which protections to measure, as numbers of layers, the cheapest first.
 
-    Up to four on the way to the first that is predicted to reach the target (without one: to all), then one layer
-    more at a time.
+    Up to three on the way to the first that is predicted to reach the target (without one: to all), that one, and
+    then one layer more at a time.
+
+    Args:
+        predicted: Accuracy with the first 1, 2, ... layers of the order protected.
+        target: Accuracy to keep.
     """
-    sizes = range(1, len(order) + 1)
-    predicted = {n: predict(order[:n], losses, clean=clean, unprotected=unprotected) for n in sizes}
-    first = next((n for n in sizes if target is not None and predicted[n] >= target), len(order))
-    on_the_way = {max(1, round(first * share)) for share in (0.25, 0.5, 0.75)} if order else set()
-    return [(n, predicted[n]) for n in sizes if n >= first or n in on_the_way]
+    sizes = range(1, len(predicted) + 1)
+    first = next((n for n in sizes if target is not None and predicted[n - 1] >= target), len(predicted))
+    on_the_way = {max(1, round(first * share)) for share in (0.25, 0.5, 0.75)}
+    return [n for n in sizes if n >= first or n in on_the_way]
 
 
 def feature_bounds(model: nn.Module, images: ImageSet, hardware: Hardware, *, batch_size: int) -> dict[str, float]:

@@ -141,7 +141,7 @@ class Report:
 
 def fault_name(fault: str) -> str:
     """Return a fault model's usual spelling."""
-    return _FAULT_NAMES.get(fault, fault)
+    return _FAULT_NAMES.get(fault, fault.replace("_", " "))
 
 
 def rate_label(rate_name: str) -> str:

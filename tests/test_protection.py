@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from ftnas.protection import (
     ProtectionConfig,
     check_bits,
     chosen_order,
+    decay,
     feature_bounds,
     overheads,
     predict,
@@ -76,25 +79,34 @@ def test_overheads(model):
     assert overheads(model, image, "clip", 8) == pytest.approx({k: v / sum(macs.values()) for k, v in values.items()})
 
 
-def test_the_order_is_by_loss_per_cost_within_the_budget():
-    losses = {"a": 0.3, "b": 0.2, "c": 0.0, "d": 0.1}
+def test_decay_is_the_logarithm_of_what_is_left_above_chance():
+    assert decay(0.9, clean=0.9, chance=0.1) == 0.0 == decay(0.95, clean=0.9, chance=0.1)
+    assert decay(0.5, clean=0.9, chance=0.1) == pytest.approx(math.log(2))
+    assert decay(0.05, clean=0.9, chance=0.1) == 7.0
+
+
+def test_the_order_is_by_decay_per_cost_within_the_budget():
+    decays = {"a": 0.3, "b": 0.2, "c": 0.0, "d": 0.1}
     costs = {"a": 0.6, "b": 0.1, "c": 0.01, "d": 0.1}
-    assert chosen_order(losses, costs, 1.0) == ["b", "d", "a"]
-    assert chosen_order(losses, costs, 0.5) == ["b", "d"]  # a does not fit, d still does
-    assert chosen_order(losses, costs, 0.05) == []
+    assert chosen_order(decays, costs, 1.0) == ["b", "d", "a"]
+    assert chosen_order(decays, costs, 0.5) == ["b", "d"]  # a does not fit, d still does
+    assert chosen_order(decays, costs, 0.05) == []
 
 
 def test_the_prediction_meets_both_ends():
-    losses = {"a": 0.3, "b": 0.1}
-    ends = {"clean": 0.9, "unprotected": 0.4}
-    assert predict([], losses, **ends) == pytest.approx(0.4)
-    assert predict(["a", "b"], losses, **ends) == pytest.approx(0.9)
-    assert predict(["a"], losses, **ends) == pytest.approx(0.9 - 0.5 * 0.25)
-    assert predict(["a"], {"a": 0.0, "b": 0.0}, **ends) == 0.4
-    assert steps_of(["a", "b"], losses, target=0.7, **ends) == [
-        (1, pytest.approx(0.775)), (2, pytest.approx(0.9)),
-    ]  # fmt: skip
-    assert steps_of([], losses, target=None, **ends) == []
+    decays = {"a": 0.3, "b": 0.1}
+    ends = {"clean": 0.9, "unprotected": 0.5, "chance": 0.1}
+    assert predict([], decays, **ends) == pytest.approx(0.5)
+    assert predict(["a", "b"], decays, **ends) == pytest.approx(0.9)
+    assert predict(["a"], decays, **ends) == pytest.approx(0.1 + 0.8 * 0.5**0.25)
+    assert predict(["a"], {"a": 0.0, "b": 0.0}, **ends) == 0.5
+
+
+def test_what_is_measured():
+    assert steps_of([0.5, 0.6, 0.7, 0.8, 0.9], 0.8) == [1, 2, 3, 4, 5]
+    assert steps_of([0.1] * 7 + [0.9, 0.95], 0.9) == [2, 4, 6, 8, 9]
+    assert steps_of([0.1] * 8, None) == [2, 4, 6, 8] == steps_of([0.1] * 8, 0.5)
+    assert steps_of([], None) == []
 
 
 def test_all_layers_protected_are_as_good_as_no_faults(images, model, tmp_path):

@@ -21,17 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from ftnas import baselines, inject
-from ftnas.faults import AdSAF, Fault, MiBB
+from ftnas.faults import AdSAF, Fault, FeatureBitFlip, MiBB, NeuronCrash, WeightBitFlip
 from ftnas.quantize import FixedPoint
 from ftnas.rng import generator, isolated
 
 FIXED = FixedPoint(bits=8)
 VARIANTS: dict[str, tuple[Fault | None, str | None]] = {
     "quantized": (None, None),
+    "weight flips 1e-5, a device": (WeightBitFlip(bit_error_rate=1e-5), "hard"),
+    "weight flips 1e-5, anew": (WeightBitFlip(bit_error_rate=1e-5), "soft"),
+    "feature flips, 1e-4 of values": (FeatureBitFlip(bit_error_rate=1e-4 / 8), None),
+    "neuron crash 1e-4": (NeuronCrash(rate=1e-4), None),
     "MiBB 1e-4": (MiBB(mac_error_rate=1e-4), None),
     "MiBB 1e-6": (MiBB(mac_error_rate=1e-6), None),
     "adSAF 8%, a device": (AdSAF(), "hard"),
-    "adSAF 8%, anew each forward": (AdSAF(), "soft"),
+    "adSAF 8%, anew": (AdSAF(), "soft"),
 }
 
 
@@ -76,11 +80,14 @@ def main() -> None:
     for batch in options.batch or [8]:
         times = measure(batch, options.rounds, options.width)
         results[batch] = {name: {"median_s": statistics.median(t), "best_s": min(t)} for name, t in times.items()}
-        print(f"batch {batch:<28} median               best", flush=True)
-        plain = results[batch]["plain"]
+        print(f"batch {batch}: ms, times plain, times quantized{'median':>14}{'best':>28}", flush=True)
+        plain, quantized = results[batch]["plain"], results[batch]["quantized"]
         for name, row in results[batch].items():
-            cells = [f"{row[key] * 1e3:9.1f} ms {row[key] / plain[key]:5.2f} x" for key in ("median_s", "best_s")]
-            print(f"  {name:<28}", *cells, flush=True)
+            cells = [
+                f"{row[key] * 1e3:9.1f} ms {row[key] / plain[key]:5.2f} x {row[key] / quantized[key]:5.2f} x"
+                for key in ("median_s", "best_s")
+            ]
+            print(f"  {name:<30}", *cells, flush=True)
     if options.json:
         record = {
             "model": "resnet18", "width": options.width, "image": [3, 32, 32], "threads": 1, "rounds": options.rounds,

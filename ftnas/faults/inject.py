@@ -291,7 +291,10 @@ class Injection:
             if self.finding:
                 return None
             if not self._running:
-                raise RuntimeError(f"{name!r} was called by itself: inside inject(model, ...) call the model")
+                raise RuntimeError(
+                    f"{name!r} was called by itself: inside inject(model, ...) call the model (and recompute "
+                    "nothing in the backward pass, as torch.utils.checkpoint does)"
+                )
             index = self._counts.get(name, 0)
             self._counts[name] = index + 1
             owner = self._points[self._model.training].owner((name, index), is_layer)

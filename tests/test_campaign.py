@@ -11,8 +11,10 @@ from ftnas.campaign import RECORDS, CampaignConfig, Subject, run_campaign
 from ftnas.data import DataConfig, load
 from ftnas.faults.hardware import Hardware
 from ftnas.models import count
+from ftnas.records import read_comparison
 from ftnas.rng import isolated
 from ftnas.rundir import RunDir
+from ftnas.survey import MIN_DEVICES
 
 SWEEPS = [
     {"fault": {"name": "mibb", "mac_error_rate": 1e-3}, "rates": [0.01, 0.05]},
@@ -90,10 +92,61 @@ def test_records_that_cannot_be_read_are_named(images, tmp_path):
 @pytest.mark.parametrize(
     ("sweeps", "message"),
     [
-        ([SWEEPS[0], SWEEPS[1], SWEEPS[0] | {"rates": [0.2]}], "'mibb' is there twice"),
+        ([SWEEPS[0], SWEEPS[1], SWEEPS[0] | {"rates": [0.2]}], "two sweeps are called 'mibb'"),
+        ([SWEEPS[0] | {"rates": [0.2, 1.5]}], "less than or equal to 1, got 1.5"),
         ([{"fault": {"name": "adsaf", "sa0_rate": 0, "sa1_rate": 0}, "rates": [0.1]}], "both are 0 here"),
     ],
 )
 def test_sweeps_are_checked_before_anything_runs(sweeps, message):
     with pytest.raises(ValueError, match=message):
         CampaignConfig(sweeps=sweeps)
+
+
+def precise(folder, images, half_width, devices=30):
+    config = CampaignConfig(sweeps=SWEEPS[:1], devices=devices, half_width=half_width, batch_size=50)
+    return run_campaign([subject("a")], images, config=config, hardware=Hardware(layers=None), seed=0, folder=folder)
+
+
+def test_points_stop_once_their_interval_is_narrow_enough(images, tmp_path):
+    with RunDir.create(tmp_path / "wide", {}) as folder:
+        loose = precise(folder, images, 0.5)
+    with RunDir.create(tmp_path / "narrow", {}) as folder:
+        strict = precise(folder, images, 1e-4)
+    for rate in (0.01, 0.05):
+        assert sum(record["rate"] == rate for record in loose) == MIN_DEVICES
+        assert sum(record["rate"] == rate for record in strict) == 30
+    assert [r for r in strict if r["device"] is None or r["device"] < MIN_DEVICES] == loose
+    with RunDir.create(tmp_path / "cut", {}) as folder:
+        for record in loose[:-3]:
+            folder.journal(RECORDS).append(record)
+        assert precise(folder, images, 0.5) == loose
+    with pytest.raises(ValueError, match="has no effect; allow more devices"):
+        CampaignConfig(sweeps=SWEEPS, devices=MIN_DEVICES, half_width=0.1)
+
+
+def test_a_sweep_may_hold_several_faults_and_have_a_name(images, tmp_path):
+    flips = {"name": "weight_bit_flip", "bit_error_rate": 0.1}
+    sweeps = [SWEEPS[0], SWEEPS[0] | {"name": "both", "also": [flips]}]
+    config = CampaignConfig(sweeps=sweeps, devices=2, batch_size=50)
+    with RunDir.create(tmp_path / "run", {}) as folder:
+        records = run_campaign(
+            [subject("a")], images, config=config, hardware=Hardware(layers=None), seed=0, folder=folder
+        )
+    hits = {(r["fault"], r["rate"], r["device"]): r["hits"] for r in records}
+    assert hits[("both", 0.0, None)] == 0
+    assert all(hits[("both", *key[1:])] > value for key, value in hits.items() if key[0] == "mibb" and key[1])
+
+
+def test_answers_that_are_not_numbers_are_counted_apart(images, tmp_path):
+    sweeps = [{"fault": {"name": "weight_bit_flip", "bit_error_rate": 0, "dtype": "fp16"}, "rates": [0.2]}]
+    config = CampaignConfig(sweeps=sweeps, devices=2, batch_size=50)
+    with RunDir.create(tmp_path / "run", {}) as folder:
+        records = run_campaign(
+            [subject("a")], images, config=config, hardware=Hardware(layers=None), seed=0, folder=folder
+        )
+    faulty = [record for record in records if record["rate"]]
+    assert all(record["nonfinite_weights"] > 0 and record["nonfinite"] > 0 for record in faulty)
+    comparison = read_comparison(tmp_path / "run" / RECORDS, interval="bootstrap")
+    assert any("NaN or infinite" in note for note in comparison.notes)
+    found = comparison.summary("weight_bit_flip", "a", [0.2])
+    assert found is not None and found[0].method == "bootstrap over devices and images"

@@ -298,7 +298,10 @@ class Injection:
             index = self._counts.get(name, 0)
             self._counts[name] = index + 1
             owner = self._points[self._model.training].owner((name, index), is_layer)
-            return None if owner is None else self._feature(owner, output)
+            if owner is None:
+                return None
+            with torch._C.DisableTorchFunction():  # our own arithmetic is no business of any function mode
+                return self._feature(owner, output)
 
         return hook
 
@@ -374,7 +377,8 @@ class Injection:
         for placed, plan, fresh in drawing.plans(site, self._current, index, out.device):
             fault = placed.fault
             before = self._watch.values(out, plan) if self._watch is not None else None
-            fault.apply_(out, plan, grid)
+            if len(plan.sites):  # at low rates most tensors of a small batch meet no fault
+                fault.apply_(out, plan, grid)
             if fault.target == "feature" and site.layer in self._bounds:
                 restrict_range(out, self._bounds[site.layer], out=out)
             plans.append(plan)

@@ -35,6 +35,11 @@ class StoredWeight(nn.Module):
         """Return the quantized and faulty weight; same shape and dtype."""
         if self._reader.finding:
             return weight
+        with torch._C.DisableTorchFunction():  # our own arithmetic is no business of any function mode
+            return self._read(weight)
+
+    def _read(self, weight: Tensor) -> Tensor:
+        """Return what is read; what was kept, if nothing has changed."""
         if (torch.is_grad_enabled() and weight.requires_grad) or not isinstance(weight, nn.Parameter):
             self._kept.clear()  # what a parametrization of the model's own made tells nothing by its address
             return self._reader.weight(self._layer, weight)

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "inject": "ftnas.faults.inject",
-    "Injection": "ftnas.faults.inject",
+    "Injection": "ftnas.faults.injection",
     "FixedPoint": "ftnas.quantize",
     "Quantization": "ftnas.quantize",
     "Genotype": "ftnas.space.genotype",

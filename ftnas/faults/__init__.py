@@ -5,9 +5,11 @@ from ftnas.faults.bitflip import WeightBitFlip
 from ftnas.faults.changes import Change
 from ftnas.faults.defects import DefectMap
 from ftnas.faults.feature import FeatureBitFlip, MiBB
-from ftnas.faults.inject import Injection, InjectionRecord, inject
+from ftnas.faults.inject import inject
+from ftnas.faults.injection import Injection
 from ftnas.faults.neuron import NeuronByzantine, NeuronCrash
 from ftnas.faults.plans import PlanSet
+from ftnas.faults.record import InjectionRecord
 from ftnas.faults.stuck import AdSAF, BitAdSAF
 from ftnas.faults.variation import LogNormalVariation, ReciprocalNormalVariation
 

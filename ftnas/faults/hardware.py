@@ -13,7 +13,8 @@ from ftnas.faults.base import Fault, Where, create_fault
 from ftnas.faults.defects import KIND as DEFECT_MAP
 from ftnas.faults.defects import DefectMap
 from ftnas.faults.drawing import DrawOn
-from ftnas.faults.inject import Errors, Injection, inject
+from ftnas.faults.inject import Errors, inject
+from ftnas.faults.injection import Injection
 from ftnas.faults.plans import PlanSet, kind_of
 from ftnas.quantize import Quantization
 from ftnas.settings import Settings

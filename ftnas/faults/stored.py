@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ftnas.quantize import Grid
+
 
 class Reader(Protocol):
     """What knows how the hardware holds weights: the injection."""
@@ -16,10 +18,16 @@ class Reader(Protocol):
     finding: bool
 
     def weight(self, layer: str, weight: Tensor) -> Tensor:
-        """Return what is read for a stored weight; same shape and dtype."""
+        """Return what is read for a weight that learns; same shape and dtype, gradients pass."""
 
-    def weight_key(self, layer: str) -> tuple[bool, Any]:
-        """Return whether the weight is faulty now, and what beside its values decides what is read."""
+    def stored(self, weight: Tensor) -> tuple[Tensor, Grid | None]:
+        """Return what the hardware holds without faults, and its grid."""
+
+    def faulty(self, layer: str, stored: Tensor, grid: Grid | None) -> Tensor:
+        """Return a faulty copy of what the hardware holds."""
+
+    def weight_state(self, layer: str) -> Any:
+        """Return what, beside its values, decides what is read for a weight now; None without faults."""
 
 
 class StoredWeight(nn.Module):
@@ -29,7 +37,8 @@ class StoredWeight(nn.Module):
         super().__init__()
         self._reader = reader
         self._layer = layer
-        self._kept: dict[bool, tuple[Any, Tensor]] = {}
+        self._stored: tuple[Any, Tensor, Grid | None, Tensor] | None = None
+        self._faulty: tuple[Any, Tensor] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the quantized and faulty weight; same shape and dtype."""
@@ -41,13 +50,19 @@ class StoredWeight(nn.Module):
     def _read(self, weight: Tensor) -> Tensor:
         """Return what is read; what was kept, if nothing has changed."""
         if (torch.is_grad_enabled() and weight.requires_grad) or not isinstance(weight, nn.Parameter):
-            self._kept.clear()  # what a parametrization of the model's own made tells nothing by its address
+            self._stored = self._faulty = None  # what a model's own parametrization made tells nothing by its address
             return self._reader.weight(self._layer, weight)
-        faulty, state = self._reader.weight_key(self._layer)
-        key = (weight.data_ptr(), weight._version, state)
-        if faulty not in self._kept or self._kept[faulty][0] != key:
-            self._kept[faulty] = (key, self._reader.weight(self._layer, weight))
-        return self._kept[faulty][1]
+        key = (weight.data_ptr(), weight._version)
+        if self._stored is None or self._stored[0] != key:
+            values, grid = self._reader.stored(weight.detach())
+            self._stored, self._faulty = (key, values, grid, values.to(weight.dtype)), None
+        _, values, grid, clean = self._stored
+        state = self._reader.weight_state(self._layer)
+        if state is None:
+            return clean
+        if self._faulty is None or self._faulty[0] != state:
+            self._faulty = (state, self._reader.faulty(self._layer, values, grid).to(weight.dtype))
+        return self._faulty[1]
 
 
 def is_stored(module: nn.Module) -> bool:

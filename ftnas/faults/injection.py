@@ -1,0 +1,328 @@
+"""A model under faults: the hooks of one injection, and what it knows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ftnas.faults.activation import ActivationMode
+from ftnas.faults.base import Fault, Plan, Site
+from ftnas.faults.changes import Change, Watch
+from ftnas.faults.drawing import Drawing, Key, Placed
+from ftnas.faults.memory import count_distinct, mark, positions, restrict_range, storage
+from ftnas.faults.place import feature_site, weight_site
+from ftnas.faults.plans import PlanSet
+from ftnas.faults.record import InjectionRecord, Tally
+from ftnas.faults.select import LAYER_TYPES, find_layers
+from ftnas.faults.stored import is_stored, store_weight
+from ftnas.faults.trace import Call, FeaturePoints, find_feature_points
+from ftnas.faults.variation import ReciprocalNormalVariation
+from ftnas.quantize import FixedPoint, FloatFormat, Grid, round_to_grid, straight_through
+
+
+class Injection:
+    """A model under faults; made by `inject`.
+
+    Attributes:
+        draw: Number of the next draw of soft faults. It grows by one with each faulty forward; a training loop sets
+            it to its step, so that a resumed run meets the same faults.
+        finding: Whether the feature points are being looked for, by a forward without faults or fixed point.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        faults: Sequence[Fault],
+        *,
+        formats: tuple[FixedPoint | FloatFormat | None, FixedPoint | None],
+        drawings: tuple[Drawing, Drawing, Drawing],
+        bounds: Mapping[str, float],
+        mask_gradients: bool,
+        watch: bool,
+    ) -> None:
+        self.draw = 0
+        self._bounds = bounds
+        self._model = model
+        self._layers = find_layers(model)
+        self._faults = tuple(faults)
+        self._weight_format, self._feature_format = formats
+        self._weights, self._features, self._buffers = drawings
+        self._buffer_format = (
+            self._feature_format if any(p.fault.needs_quantization for p in self._buffers.placed) else None
+        )
+        self._mask_gradients = mask_gradients
+        self._watch = Watch() if watch else None
+        self._tally = Tally(faults)
+        self._activations = ActivationMode(self._after_activation) if self._buffers else None
+        self.finding = self._paused = self._running = self._ran = self._ran_faulty = False
+        self._current = self._faulty_draw = self._replays = 0
+        self._grid: Grid | None = None
+        self._points: dict[bool, FeaturePoints] = {}
+        self._counts: dict[str, int] = {}
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def record(self) -> InjectionRecord:
+        """What was hit so far: layers, sites, hits and realised rates of each fault model."""
+        return self._tally.record()
+
+    def plans(self) -> PlanSet:
+        """Return the plans in force: those of the device for hard errors, of the last faulty forward for soft ones."""
+        found: dict[Key, Plan] = {}
+        for drawing in (self._weights, self._features, self._buffers):
+            found |= {
+                key: plan.to(torch.device("cpu")).compact() for key, plan in drawing.last(self._faulty_draw).items()
+            }
+        return PlanSet(self._faults, dict(sorted(found.items(), key=lambda item: item[0][0])))
+
+    def sites(self) -> dict[Key, tuple[Site, Placed]]:
+        """Return the tensors that faults have met so far: what each is, and what of it the fault model can hit."""
+        found: dict[Key, tuple[Site, Placed]] = {}
+        for drawing in (self._weights, self._features, self._buffers):
+            placed = {entry.number: entry for entry in drawing.placed}
+            found |= {key: (site, placed[key[0]]) for key, site in drawing.sites.items()}
+        return found
+
+    def replay(self, plans: PlanSet) -> None:
+        """Use other plans from the next forward on, in an injection that was made with plans of the same faults."""
+        if plans.faults != self._faults or self._weights.given is None:
+            raise ValueError("replay takes plans of the fault models that the injection was made with, by plans=")
+        for drawing in (self._weights, self._features, self._buffers):
+            drawing.replay(plans.plans)
+        self._replays += 1
+
+    def changes(self) -> list[Change]:
+        """Return every change that faults made so far: layer, index, bit, before and after.
+
+        Raises:
+            ValueError: The injection was made without ``watch=True``.
+        """
+        if self._watch is None:
+            raise ValueError("changes are kept only when asked for: inject(..., watch=True)")
+        return self._watch.changes()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run the body without faults; quantization stays."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise ValueError(
+            "the model is inside inject(...) and cannot be copied there; copy it before or after the block"
+        )
+
+    def __enter__(self) -> Injection:
+        if self._undo:
+            raise ValueError("this injection is entered already; make another one with inject(...)")
+        if any(is_stored(module) for module in self._layers.values()):
+            raise ValueError("the model has an injection already; give all faults to one inject(model, ...)")
+        try:
+            self._attach()
+        except BaseException:
+            self._detach()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._detach()
+        if kind is not None:
+            return
+        if not self._ran:
+            warnings.warn("the model never ran inside inject(...): nothing was hit", stacklevel=2)
+        if self._ran_faulty:
+            self._tally.check()
+
+    def _attach(self) -> None:
+        root, undo = self._model, self._undo
+        undo.append(root.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True).remove)
+        if self._sees_features:
+            for name, module in root.named_modules():
+                if isinstance(module, (*LAYER_TYPES, _BatchNorm)):
+                    undo.append(module.register_forward_hook(self._feature_hook(name, module)).remove)
+        if self._weight_format is not None or self._weights:
+            for name, module in self._layers.items():
+                undo.append(store_weight(module, self, name))
+        if self._activations is not None:
+            undo.append(root.register_forward_hook(self._check_met).remove)
+        # last, so that a root that is a layer itself is still running when its feature point is met
+        undo.append(root.register_forward_hook(self._end, always_call=True).remove)
+
+    def _detach(self) -> None:
+        self._stop()
+        for undo in reversed(self._undo):
+            undo()
+        self._undo = []
+
+    @property
+    def _sees_features(self) -> bool:
+        return self._feature_format is not None or bool(self._features or self._buffers or self._bounds)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.finding:
+            return
+        self._stop()  # a forward that was interrupted from the keyboard has not ended
+        if module.training not in self._points and self._sees_features:
+            self.finding = True
+            try:
+                self._points[module.training] = find_feature_points(module, args, kwargs)
+            finally:
+                self.finding = False
+        self._counts = {}
+        self._running = self._ran = True
+        self._current = self.draw
+        if not self._paused:
+            self.draw += 1
+            self._faulty_draw = self._current
+            self._ran_faulty = True
+        if self._activations is not None:
+            self._activations.__enter__()
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.finding:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._running and self._activations is not None:
+            self._activations.__exit__(None, None, None)
+            self._activations.clear()
+        self._running = False
+
+    def _check_met(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.finding and self._activations is not None:
+            self._activations.check()
+
+    def _feature_hook(self, name: str, module: nn.Module) -> Callable[..., Any]:
+        is_layer = isinstance(module, LAYER_TYPES)
+
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+            if self.finding:
+                return None
+            if not self._running:
+                raise RuntimeError(
+                    f"{name!r} was called by itself: inside inject(model, ...) call the model (and recompute "
+                    "nothing in the backward pass, as torch.utils.checkpoint does)"
+                )
+            index = self._counts.get(name, 0)
+            self._counts[name] = index + 1
+            owner = self._points[self._model.training].owner((name, index), is_layer)
+            if owner is None:
+                return None
+            with torch._C.DisableTorchFunction():  # our own arithmetic is no business of any function mode
+                return self._feature(owner, output)
+
+        return hook
+
+    def _feature(self, call: Call, feature: Tensor) -> Tensor:
+        """Quantize and fault the feature point of a layer call: [batch, ...], any float dtype."""
+        layer, index = call
+        bound = self._bounds.get(layer)
+        feature = feature if bound is None else restrict_range(feature, bound)
+        site = feature_site(layer, self._layers[layer], feature, self._feature_format)
+        if self._activations is None or not self._points[self._model.training].activated(call):
+            return self._store(feature, site, self._feature_format, (self._features, self._buffers), index)
+        stored = self._store(feature, site, self._feature_format, (self._features,), index)
+        if self._buffer_format is not None or self._buffers.hits(layer):
+            self._activations.expect(stored, call, self._grid)
+        return stored
+
+    def _after_activation(self, call: Call, output: Tensor, grid: Grid | None) -> Tensor:
+        """Fault what an activation function writes to the feature buffer, on its input's grid or on one of its own."""
+        layer, index = call
+        site = feature_site(layer, self._layers[layer], output, self._feature_format)
+        learning = torch.is_grad_enabled() and output.requires_grad
+        if grid is not None and not learning:
+            if not self._paused and self._buffers.hits(layer):
+                self._apply(self._buffers, output, site, grid, index)
+            return output
+        form = self._buffer_format if grid is None else None
+        return self._store(output, site, form, (self._buffers,), index, grid)
+
+    def weight(self, layer: str, weight: Tensor) -> Tensor:
+        """Return what the hardware reads for a weight that learns; called by the weight's parametrization."""
+        site = weight_site(layer, self._layers[layer], weight, self._weight_format)
+        return self._store(weight, site, self._weight_format, (self._weights,), 0)
+
+    def stored(self, weight: Tensor) -> tuple[Tensor, Grid | None]:
+        """Return what the hardware holds for a weight without faults, and its grid."""
+        form = self._weight_format
+        if isinstance(form, FixedPoint):
+            grid = form.grid(weight)
+            return round_to_grid(weight, grid, need_inside=False)[0], grid
+        return weight if form is None else form.rounded(weight), None
+
+    def faulty(self, layer: str, stored: Tensor, grid: Grid | None) -> Tensor:
+        """Return a faulty copy of what the hardware holds for a weight."""
+        out = stored.clone()
+        site = weight_site(layer, self._layers[layer], out, self._weight_format)
+        self._apply(self._weights, out, site, grid, 0)
+        return out
+
+    def weight_state(self, layer: str) -> Any:
+        """Return what, beside its values, decides what is read for a weight now; None without faults."""
+        if self._paused or not self._weights.hits(layer):
+            return None
+        return 0 if self._weights.hard else self._current, self._replays
+
+    def _store(
+        self,
+        x: Tensor,
+        site: Site,
+        form: FixedPoint | FloatFormat | None,
+        drawings: Sequence[Drawing],
+        index: int,
+        grid: Grid | None = None,
+    ) -> Tensor:
+        """Return what is read back for a tensor that was stored: rounded to its format, and faulty."""
+        active = [drawing for drawing in drawings if not self._paused and drawing.hits(site.layer)]
+        self._grid = grid
+        if form is None and not active:
+            return x
+
+        def transform(values: Tensor, need_mask: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            inside = blocked = None
+            if isinstance(form, FixedPoint):
+                self._grid = form.grid(values)
+                out, inside = round_to_grid(values, self._grid, need_inside=need_mask)
+            else:
+                out = values.clone() if form is None else form.rounded(values)
+            for drawing in active:
+                for plan in self._apply(drawing, out, site, self._grid, index):
+                    if need_mask and self._mask_gradients:
+                        blocked = mark(out, plan.values_hit(), blocked)
+            return out, inside, blocked
+
+        return straight_through(x, transform)
+
+    def _apply(self, drawing: Drawing, out: Tensor, site: Site, grid: Grid | None, index: int) -> list[Plan]:
+        """Apply the faults of one kind to a tensor in place; return their plans."""
+        plans = []
+        for placed, plan, fresh in drawing.plans(site, self._current, index, out.device):
+            fault = placed.fault
+            before = self._watch.values(out, plan) if self._watch is not None else None
+            if len(plan.sites):  # at low rates most tensors of a small batch meet no fault
+                fault.apply_(out, plan, grid)
+            if fault.target == "feature" and site.layer in self._bounds:
+                restrict_range(out, self._bounds[site.layer], out=out)
+            plans.append(plan)
+            if self._watch is not None and before is not None:
+                self._watch.add(fault, site, index, plan, (before, self._watch.values(out, plan)))
+            if fresh is not None:
+                self._tally.add(placed.number, site.layer, fresh)
+                if fault.target == "weight" and grid is None:
+                    at = positions(plan.values_hit(), out)
+                    bad = ~storage(out)[at].isfinite() & (plan.values_hit() < plan.num_values)
+                    # a word may be hit in several bits
+                    self._tally.count(placed.number, "nonfinite", count_distinct(at, bad))
+                if isinstance(fault, ReciprocalNormalVariation):
+                    self._tally.count(placed.number, "floored", fault.floored(fresh))
+        return plans

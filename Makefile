@@ -23,7 +23,7 @@ demo: install
 	@if [ -e $(RUN)/run.json ]; then $(BIN)/ftnas run --resume $(RUN); else $(BIN)/ftnas run $(DEMO); fi
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -78,20 +80,21 @@ def derive(
     with track(f"{title}: derive", len(candidates)) as progress:
         ranked = []
         supernet.eval()
-        for genotype in candidates:
-            ranked.append((genotype, rank.shared(supernet, genotype, config.draws, "derive")))
+        for genotype, found in zip(candidates, rank.shared(supernet, candidates, config.draws, "derive"), strict=True):
+            ranked.append((genotype, found))
             progress.advance()
     ranked.sort(key=lambda pair: -pair[1].reward)
-    finals = []
-    for place, (genotype, first) in enumerate(ranked[: config.finalists]):
-        if config.train_epochs:
-            recipe = TrainConfig(**(weights.model_dump() | {"epochs": config.train_epochs}))
+    best = [genotype for genotype, _ in ranked[: config.finalists]]
+    if config.train_epochs:
+        recipe = TrainConfig(**(weights.model_dump() | {"epochs": config.train_epochs}))
+        again = []
+        for place, genotype in enumerate(best):
             stage = folder.stage(f"finalists/{place}")
             model = _trained(genotype, supernet, recipe, hardware, weights_images, seed, stage, f"{title}: {place + 1}")
-            final = rank.trained(model, config.final_draws)
-        else:
-            final = rank.shared(supernet, genotype, config.final_draws, "final")
-        finals.append((genotype, first, final))
+            again.append(rank.trained(model, config.final_draws))
+    else:
+        again = list(rank.shared(supernet, best, config.final_draws, "final"))
+    finals = [(genotype, first, final) for (genotype, first), final in zip(ranked, again, strict=False)]
     finals.sort(key=lambda entry: -entry[2].reward)
     winner = finals[0][0]
     _tell_degenerate(winner, supernet.space, folder)
@@ -120,16 +123,17 @@ class _Scorer:
         self._hardware, self._images, self._alpha_r = hardware, images, alpha_r
         self._batch_size, self._seed = batch_size, seed
 
-    def shared(self, supernet: Supernet, genotype: Genotype, draws: int, purpose: str) -> Score:
-        """Score a path of the supernet."""
+    def shared(self, supernet: Supernet, genotypes: Sequence[Genotype], draws: int, purpose: str) -> Iterator[Score]:
+        """Score paths of the supernet, in order; its weights are quantized once for all of them."""
         with self._hardware.inject(supernet, seed=seed_for(self._seed, purpose), errors="soft") as injection:
-            return score(
-                lambda images: supernet(images, genotype),
-                injection,
-                self._images.batches(self._batch_size),
-                alpha_r=self._alpha_r,
-                draws=draws,
-            )
+            for genotype in genotypes:
+                yield score(
+                    partial(supernet, genotype=genotype),
+                    injection,
+                    self._images.batches(self._batch_size),
+                    alpha_r=self._alpha_r,
+                    draws=draws,
+                )
 
     def trained(self, model: Any, draws: int) -> Score:
         """Score a discrete network with its running statistics."""

@@ -133,12 +133,13 @@ class FaultTolerantLoss:
         """Return the losses of a batch: images float [B, C, H, W], labels int64 [B]."""
         zero = torch.zeros((), device=images.device)
         clean = faulty = zero
-        if self._alpha < 1.0:
-            with injection.paused(), self._statistics("clean"):
-                clean = F.cross_entropy(forward(images), labels)
-        if self._alpha > 0.0:
-            with self._statistics("faulty"):
-                faulty = F.cross_entropy(forward(images), labels)
+        with injection.weights_shared():
+            if self._alpha < 1.0:
+                with injection.paused(), self._statistics("clean"):
+                    clean = F.cross_entropy(forward(images), labels)
+            if self._alpha > 0.0:
+                with self._statistics("faulty"):
+                    faulty = F.cross_entropy(forward(images), labels)
         return Losses((1.0 - self._alpha) * clean + self._alpha * faulty, clean.detach(), faulty.detach())
 
     @contextmanager

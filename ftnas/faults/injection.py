@@ -33,6 +33,7 @@ class Injection:
         draw: Number of the next draw of soft faults. It grows by one with each faulty forward; a training loop sets
             it to its step, so that a resumed run meets the same faults.
         finding: Whether the feature points are being looked for, by a forward without faults or fixed point.
+        shared: Weights without faults that the forwards of one training step share; None outside `weights_shared`.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Injection:
         watch: bool,
     ) -> None:
         self.draw = 0
+        self.shared: dict[str, Tensor] | None = None
         self._bounds = bounds
         self._model = model
         self._layers = find_layers(model)
@@ -115,6 +117,19 @@ class Injection:
             yield
         finally:
             self._paused = before
+
+    @contextmanager
+    def weights_shared(self) -> Iterator[None]:
+        """Quantize each weight once for all forwards in the body, where no fault makes them differ.
+
+        For several forwards of one training step whose losses are added up before one backward pass; weights must not
+        change in the body.
+        """
+        self.shared = {}
+        try:
+            yield
+        finally:
+            self.shared = None
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise ValueError(

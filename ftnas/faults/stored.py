@@ -16,6 +16,7 @@ class Reader(Protocol):
     """What knows how the hardware holds weights: the injection."""
 
     finding: bool
+    shared: dict[str, Tensor] | None
 
     def weight(self, layer: str, weight: Tensor) -> Tensor:
         """Return what is read for a weight that learns; same shape and dtype, gradients pass."""
@@ -51,7 +52,7 @@ class StoredWeight(nn.Module):
         """Return what is read; what was kept, if nothing has changed."""
         if (torch.is_grad_enabled() and weight.requires_grad) or not isinstance(weight, nn.Parameter):
             self._stored = self._faulty = None  # what a model's own parametrization made tells nothing by its address
-            return self._reader.weight(self._layer, weight)
+            return self._learning(weight)
         key = (weight.data_ptr(), weight._version)
         if self._stored is None or self._stored[0] != key:
             values, grid = self._reader.stored(weight.detach())
@@ -63,6 +64,15 @@ class StoredWeight(nn.Module):
         if self._faulty is None or self._faulty[0] != state:
             self._faulty = (state, self._reader.faulty(self._layer, values, grid).to(weight.dtype))
         return self._faulty[1]
+
+    def _learning(self, weight: Tensor) -> Tensor:
+        """Return what is read for a weight that learns; the same tensor for forwards that share it."""
+        shared = self._reader.shared
+        if shared is None or self._reader.weight_state(self._layer) is not None:
+            return self._reader.weight(self._layer, weight)
+        if self._layer not in shared:
+            shared[self._layer] = self._reader.weight(self._layer, weight)
+        return shared[self._layer]
 
 
 def is_stored(module: nn.Module) -> bool:

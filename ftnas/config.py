@@ -120,6 +120,13 @@ class RunConfig(Settings):
             for name, model in self.train.models.items():
                 if model.genotype in SEARCHES and getattr(self, model.genotype) is None:
                     raise ValueError(f"train.models.{name} takes the genotype of a {model.genotype} that is not there")
+        learns = [self.train.recipe.alpha_l] if self.train is not None else []
+        learns += [stage.weights.alpha_l for stage in (self.search, self.control) if stage is not None]
+        if self.hardware.defects is not None and not any(learns):
+            raise ValueError(
+                "hardware.defects is a device to train for, and nothing here trains under faults, so that it has no "
+                "effect; add a train section with alpha_l above 0, or remove it"
+            )
         if self.models and not self.evaluates:
             raise ValueError("models are for a campaign, and there is none; add a campaign or remove them")
         if self.evaluates and self.train is None and not self.models:

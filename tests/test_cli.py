@@ -133,6 +133,13 @@ MISTAKES = {
     ),
     "genotype of a search that is not there": (["run", "quickstart", "control=null"], "genotype of a control"),
     "faulty loss without faults": (["run", "quickstart", "hardware.fault=null"], "there is no fault model"),
+    "device that nothing trains for": (["campaign", "reliability", "hardware.defects=chip.npz"], "has no effect"),
+    "protection without a method": (["campaign", "reliability", "protections.0.method=tmr"], "'triplicate', 'ecc' or"),
+    "single faults that cannot be counted": (
+        ["campaign", "reliability", "single_faults.0.fault={name: log_normal_variation, sigma: 0.1}"],
+        "no single faults to count",
+    ),
+    "half-width without devices": (["campaign", "reliability", "campaign.half_width=0.01"], "allow more devices"),
     "negative seed": (["run", "quickstart", "--seed", "-1"], "greater than or equal to 0"),
     "device that is not there": (["train", "quickstart", *TRAIN, "device=tpu"], "device"),
     "layers that match nothing": (

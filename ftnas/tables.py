@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from rich.text import Text
 from ftnas.records import Comparison, Difference, is_known
 from ftnas.stats import Interval
 from ftnas.vulnerability import ProtectionStudy, Vulnerability
+from ftnas.vulnerability import to_csv as csv_text
 
 _FAULT_NAMES = {"mibb": "MiBB", "adsaf": "adSAF"}
 
@@ -263,7 +262,7 @@ def to_csv(report: Report) -> str:
                 if found is not None:
                     size = (model.training, model.params, model.flops, len(model.seeds))
                     rows.append([fault, rate_name, rate, model.name, *size, *_numbers(*found)])
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def differences_to_csv(report: Report) -> str:
@@ -272,7 +271,7 @@ def differences_to_csv(report: Report) -> str:
     rows: list[Sequence[Any]] = [names.split(",")]
     for d in report.differences:
         rows.append([d.fault, d.rate, d.model, d.reference, *_numbers(d.interval, d.over_seeds), d.verdict])
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def _numbers(interval: Interval, over_seeds: Interval | None) -> list[Any]:
@@ -280,9 +279,3 @@ def _numbers(interval: Interval, over_seeds: Interval | None) -> list[Any]:
     seeds = [over_seeds.low, over_seeds.high] if over_seeds is not None else [None, None]
     shown = [f"{v:.6f}" if v is not None and is_known(v) else "" for v in (*values, *seeds)]
     return [*shown[:3], interval.method, *shown[3:]]
-
-
-def _csv(rows: Iterable[Sequence[Any]]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    return buffer.getvalue()

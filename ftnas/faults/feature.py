@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from ftnas.faults.base import FAULTS, Fault, Plan, Site
@@ -88,7 +88,7 @@ class FeatureBitFlip(Fault):
         bit_error_rate: r, per bit.
     """
 
-    bit_error_rate: Annotated[float, Field(ge=0.0, le=1.0)]
+    bit_error_rate: Rate
 
     name: ClassVar[str] = "feature_bit_flip"
     target: ClassVar[Literal["weight", "feature"]] = "feature"

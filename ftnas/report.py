@@ -55,7 +55,8 @@ def build_report(path: str | Path) -> Report:
     if (vulnerabilities or protections) and not (path / "records.jsonl").exists():
         comparison = nothing_compared()
     else:
-        comparison = read_comparison(path / "records.jsonl", interval=_interval_kind(settings))
+        kind: IntervalKind = "bootstrap" if _section(settings, "campaign").get("interval") == "bootstrap" else "student"
+        comparison = read_comparison(path / "records.jsonl", interval=kind)
     names = [model.name for model in comparison.models]
     differences = [
         found
@@ -74,9 +75,10 @@ def build_report(path: str | Path) -> Report:
         if torn:
             notes.append(f"The last line of {stage}/trials.jsonl is torn and was left out.")
     info = _read_json(path / "run.json") if (path / "run.json").exists() else {}
+    searching = not settings or bool(_section(settings, "search"))
     missing = {
-        "search/genotype.json: no discovered cells are shown": "search" in genotypes,
-        "search/trials.jsonl: no search history is shown": "search" in searches,
+        "search/genotype.json: no discovered cells are shown": "search" in genotypes or not searching,
+        "search/trials.jsonl: no search history is shown": "search" in searches or not searching,
         "config.yaml: the settings are unknown": config.exists(),
         "run.json: command, code version and dataset digest are unknown": bool(info),
     }
@@ -96,13 +98,13 @@ def build_report(path: str | Path) -> Report:
     )
 
 
-def _interval_kind(settings: str) -> IntervalKind:
-    """Return the kind of interval that a run's config asks for."""
+def _section(settings: str, name: str) -> dict[str, Any]:
+    """Return one section of a run's config, empty where there is none or the text is no config."""
     try:
-        kind = (yaml.safe_load(settings) or {}).get("campaign", {}).get("interval")
+        section = (yaml.safe_load(settings) or {}).get(name)
     except (yaml.YAMLError, AttributeError):
-        return "student"  # a config from elsewhere; the report shows its text as it is
-    return "bootstrap" if kind == "bootstrap" else "student"
+        return {}
+    return section if isinstance(section, dict) else {}
 
 
 def _table(comparison: Comparison, fault: str, differences: list[Difference]) -> list[list[Cell]]:

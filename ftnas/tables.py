@@ -216,7 +216,7 @@ def vulnerability_table(found: Sequence[Vulnerability], *, top: int = 5) -> Tabl
     table.add_column(Text("part"), overflow="fold")
     table.add_column(Text("probability"), justify="right", no_wrap=True)
     for entry in found:
-        table.add_row(Text(f"{entry.name}, {entry.fault}"), Text("all"), Text(chance_of(entry.whole)))
+        table.add_row(Text(f"{entry.name}, {fault_name(entry.fault)}"), Text("all"), Text(chance_of(entry.whole)))
         for layer, interval in sorted(entry.layers.items(), key=lambda item: -item[1].mean)[:top]:
             table.add_row("", Text(layer), Text(chance_of(interval)))
     return table

@@ -76,8 +76,8 @@ class RayPool(Pool):
         self._stop = start_ray(config)
         import ray  # after its environment is set
 
-        self._ray = ray
-        actor = ray.remote(num_cpus=threads, max_restarts=-1, max_task_retries=TASK_RETRIES)(Worker)
+        self._ray: Any = ray
+        actor: Any = ray.remote(num_cpus=threads, max_restarts=-1, max_task_retries=TASK_RETRIES)(Worker)
         size = {"num_classes": supernet.num_classes, "in_channels": supernet.in_channels}
         recipe = {"space": supernet.space.model_dump(mode="json"), **size}
         self._new = lambda: actor.remote(recipe, hardware.model_dump(mode="json"), threads)
@@ -180,7 +180,7 @@ def start_ray(config: PoolConfig) -> Callable[[], None]:
 
     if ray.is_initialized():
         return lambda: None
-    quiet = {"log_to_driver": False, "logging_level": "error"}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     folder: str | None = None
     if config.address is None:
         folder = tempfile.mkdtemp(prefix="ftnas-", dir="/tmp" if Path("/tmp").is_dir() else None)

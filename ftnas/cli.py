@@ -78,7 +78,11 @@ def _config_command(name: str, *, needs: str | None = None) -> Callable[[Callabl
                     raise SystemExit(130) from None
 
         command.__doc__ = f"{body.__doc__}\n\n    {EXAMPLES.format(command=name)}"
-        return cli.command(name)(_run_options(command))
+        command = _run_options(command)
+        if name in ("run", "search"):
+            workers = "Processes that score candidates, 0 for none; short for pool.workers=N, with --resume too."
+            command = click.option("--workers", type=click.IntRange(min=0), metavar="N", help=workers)(command)
+        return cli.command(name)(command)
 
     return decorate
 
@@ -93,18 +97,20 @@ def _open_run(
     overwrite: bool,
     device: str | None,
     seed: int | None,
+    workers: int | None = None,
 ) -> tuple[RunConfig, RunDir]:
-    from ftnas.config import config_from, read_config
+    from ftnas.config import config_from, read_config, with_workers
     from ftnas.rundir import RunDir
 
     if resume is not None:
         if config is not None or overrides or out or overwrite or device is not None or seed is not None:
             raise ValueError("--resume goes on with the run as it was configured; give it alone, or start a new run")
         run = RunDir.open(resume)
-        return config_from(run.config), run
+        return with_workers(config_from(run.config), workers), run
     if config is None:
         raise ValueError("give a config (ftnas configs lists those that ship), or --resume RUN")
-    short = [f"{key}={value}" for key, value in (("device", device), ("seed", seed)) if value is not None]
+    given = {"device": device, "seed": seed, "pool.workers": workers}
+    short = [f"{key}={value}" for key, value in given.items() if value is not None]
     resolved = read_config(config, [*overrides, *short])
     if needs is not None and not getattr(resolved, needs):
         section = "campaign, single_faults or protections" if needs == "evaluates" else needs

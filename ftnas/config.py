@@ -13,6 +13,7 @@ from ftnas.campaign import CampaignConfig
 from ftnas.data import DataConfig
 from ftnas.faults.hardware import Hardware
 from ftnas.models import ModelConfig
+from ftnas.pool import PoolConfig
 from ftnas.protection import ProtectionConfig
 from ftnas.search import SearchConfig
 from ftnas.settings import Count, Settings, parse
@@ -81,6 +82,7 @@ class RunConfig(Settings):
         seed: Seed of everything random.
         device: ``cpu``, ``cuda`` or ``auto`` (cuda where there is one).
         threads: CPU threads of torch; None leaves torch's own number. Float sums depend on it.
+        pool: Who scores the candidates of a search: this process, or workers of Ray.
         data: The dataset.
         hardware: Faults and number formats of search and training.
         search: The architecture search.
@@ -98,6 +100,7 @@ class RunConfig(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     threads: Count | None = None
+    pool: PoolConfig = PoolConfig()
     data: DataConfig
     hardware: Hardware = Hardware()
     search: SearchConfig | None = None
@@ -174,6 +177,16 @@ def read_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
 def config_from(data: Mapping[str, Any]) -> RunConfig:
     """Build a config from plain data, e.g. that of a run folder."""
     return parse(RunConfig, data)
+
+
+def with_workers(config: RunConfig, workers: int | None) -> RunConfig:
+    """Return a recorded config with another number of workers, which changes the time of a run and not its result.
+
+    Threads per candidate stay as they are recorded: float sums depend on them.
+    """
+    if workers is None:
+        return config
+    return config.model_copy(update={"pool": config.pool.model_copy(update={"workers": workers})})
 
 
 def _override(data: dict[str, Any], override: str) -> None:

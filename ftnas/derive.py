@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -12,6 +11,7 @@ from ftnas.controllers import Controller
 from ftnas.data import ImageSet
 from ftnas.evaluate import Score, score
 from ftnas.faults.hardware import Hardware
+from ftnas.pool import Pool, Terms
 from ftnas.progress import say, track
 from ftnas.rng import isolated, seed_for
 from ftnas.rundir import Folder
@@ -46,6 +46,7 @@ def derive(
     controller: Controller,
     supernet: Supernet,
     *,
+    pool: Pool,
     config: DeriveConfig,
     weights: SgdConfig,
     hardware: Hardware,
@@ -64,6 +65,7 @@ def derive(
     Args:
         controller: Is asked for the candidates.
         supernet: Trained shared weights.
+        pool: Scores paths of that supernet.
         config: How many candidates, and how they are scored.
         weights: Training settings of the finalists, when they are trained.
         hardware: Faults and number formats.
@@ -76,13 +78,10 @@ def derive(
         title: Name on the progress bar.
     """
     candidates = _distinct(controller, config.samples)
-    rank = _Scorer(hardware, controller_images, alpha_r, batch_size, seed)
+    rank = _Scorer(pool, hardware, controller_images, alpha_r, batch_size, seed)
     with track(f"{title}: derive", len(candidates)) as progress:
-        ranked = []
-        supernet.eval()
-        for genotype, found in zip(candidates, rank.shared(supernet, candidates, config.draws, "derive"), strict=True):
-            ranked.append((genotype, found))
-            progress.advance()
+        found = rank.shared(candidates, config.draws, "derive", done=progress.advance)
+    ranked = list(zip(candidates, found, strict=True))
     ranked.sort(key=lambda pair: -pair[1].reward)
     best = [genotype for genotype, _ in ranked[: config.finalists]]
     if config.train_epochs:
@@ -93,7 +92,7 @@ def derive(
             model = _trained(genotype, supernet, recipe, hardware, weights_images, seed, stage, f"{title}: {place + 1}")
             again.append(rank.trained(model, config.final_draws))
     else:
-        again = list(rank.shared(supernet, best, config.final_draws, "final"))
+        again = rank.shared(best, config.final_draws, "final")
     finals = [(genotype, first, final) for (genotype, first), final in zip(ranked, again, strict=False)]
     finals.sort(key=lambda entry: -entry[2].reward)
     winner = finals[0][0]
@@ -119,21 +118,19 @@ def _distinct(controller: Controller, num: int) -> list[Genotype]:
 class _Scorer:
     """Scores candidates on all images of the controller split, on common draws."""
 
-    def __init__(self, hardware: Hardware, images: ImageSet, alpha_r: float, batch_size: int, seed: int) -> None:
-        self._hardware, self._images, self._alpha_r = hardware, images, alpha_r
+    def __init__(
+        self, pool: Pool, hardware: Hardware, images: ImageSet, alpha_r: float, batch_size: int, seed: int
+    ) -> None:
+        self._pool, self._hardware, self._images, self._alpha_r = pool, hardware, images, alpha_r
         self._batch_size, self._seed = batch_size, seed
 
-    def shared(self, supernet: Supernet, genotypes: Sequence[Genotype], draws: int, purpose: str) -> Iterator[Score]:
+    def shared(
+        self, genotypes: Sequence[Genotype], draws: int, purpose: str, *, done: Callable[[], None] = lambda: None
+    ) -> list[Score]:
         """Score paths of the supernet, in order; its weights are quantized once for all of them."""
-        with self._hardware.inject(supernet, seed=seed_for(self._seed, purpose), errors="soft") as injection:
-            for genotype in genotypes:
-                yield score(
-                    partial(supernet, genotype=genotype),
-                    injection,
-                    self._images.batches(self._batch_size),
-                    alpha_r=self._alpha_r,
-                    draws=draws,
-                )
+        batches = list(self._images.batches(self._batch_size))
+        with self._pool.weights(seed_for(self._seed, purpose)):
+            return self._pool.score(genotypes, batches, Terms(self._alpha_r, draws), done=done)
 
     def trained(self, model: Any, draws: int) -> Score:
         """Score a discrete network with its running statistics."""

@@ -73,6 +73,7 @@ class Pipeline:
             controller_images=images.subset(second),
             seed=seed_for(self.config.seed, which),
             folder=folder,
+            pool=self.config.pool,
             title=which,
         )
         return search.run()

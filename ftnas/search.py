@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,16 +12,17 @@ from torch import Tensor
 from ftnas.controllers import Controller, ControllerChoice, RandomConfig, ReinforceConfig, create_controller
 from ftnas.data import ImageSet
 from ftnas.derive import DeriveConfig, derive
-from ftnas.evaluate import score
 from ftnas.faults.hardware import Hardware
 from ftnas.models import check_state
 from ftnas.plots import draw_genotype, pixels
+from ftnas.pool import Pool, PoolConfig, Terms
 from ftnas.progress import say, track
 from ftnas.rng import generator, isolated, seed_for
 from ftnas.rundir import Folder
 from ftnas.settings import Count, Rate, Settings
 from ftnas.space import Genotype, Space, Supernet, load_space
 from ftnas.train import CHECKPOINT, FaultTolerantLoss, SgdConfig, check_alpha, descend, finite_means
+from ftnas.workers import open_pool
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -98,6 +98,7 @@ class Search:
         controller_images: Split that gives rewards, on the device.
         seed: Of everything random in the search.
         folder: Where its files go.
+        pool: Who scores the candidates.
         title: Name on the progress bar.
 
     Raises:
@@ -113,6 +114,7 @@ class Search:
         controller_images: ImageSet,
         seed: int,
         folder: Folder,
+        pool: PoolConfig | None = None,
         title: str = "search",
     ) -> None:
         check_alpha(config.weights.alpha_l, hardware, "search.weights.alpha_l")
@@ -124,6 +126,7 @@ class Search:
         self._controller_images = controller_images
         self._seed = seed
         self._folder = folder
+        self._pool = pool or PoolConfig()
         self._title = title
         self._num_steps = weights_images.num_images // config.weights.batch_size
         if self._num_steps == 0:
@@ -152,12 +155,16 @@ class Search:
     def run(self) -> Genotype:
         """Search, derive and return the winner; what is done already is not done again."""
         first = self._restore()
+        with open_pool(self._pool, self.supernet, self.hardware, events=self._folder.events) as pool:
+            return self._run(first, pool)
+
+    def _run(self, first: int, pool: Pool) -> Genotype:
         board = self._folder.tensorboard(purge_step=first)
         with track(self._title, self.config.epochs, done=first) as progress:
             for epoch in range(first, self.config.epochs):
                 record: dict[str, Any] = {"epoch": epoch, **self._weights_epoch(epoch)}
                 if epoch >= self.config.warmup_epochs:
-                    record |= self._controller_epoch(epoch)
+                    record |= self._controller_epoch(epoch, pool)
                 self._scheduler.step()
                 self._folder.journal(EPOCHS).append(record)
                 for name, value in record.items():
@@ -169,6 +176,7 @@ class Search:
         winner = derive(
             self.controller,
             self.supernet,
+            pool=pool,
             config=self.config.derive,
             weights=self.config.weights,
             hardware=self.hardware,
@@ -220,30 +228,18 @@ class Search:
 
         return forward
 
-    def _controller_epoch(self, epoch: int) -> dict[str, Any]:
+    def _controller_epoch(self, epoch: int, pool: Pool) -> dict[str, Any]:
         """Ask, evaluate and tell (lines 14-21)."""
         trials, updates = self._folder.journal(TRIALS), self._folder.journal(UPDATES)
-        self.supernet.eval()
         sums: dict[str, float] = {}
         best = -1.0
-        with self.hardware.inject(self.supernet, seed=seed_for(self._seed, "rewards"), errors="soft") as injection:
+        with pool.weights(seed_for(self._seed, "rewards")):
             for index, batch in enumerate(self._reward_batches(epoch)):
-                update = epoch * self._num_updates + index
+                update, draws = epoch * self._num_updates + index, self.config.reward_draws
                 genotypes = self.controller.ask(self.config.rollouts)
-                scores = {}
-                for genotype in genotypes:
-                    if genotype not in scores:  # the same weights, images and draws would give the same score
-                        scores[genotype] = score(
-                            partial(self.supernet, genotype=genotype),
-                            injection,
-                            [batch],
-                            alpha_r=self.config.alpha_r,
-                            draws=self.config.reward_draws,
-                            first_draw=update * self.config.reward_draws,
-                        )
-                told = self.controller.tell(genotypes, [scores[genotype].reward for genotype in genotypes])
-                for rollout, genotype in enumerate(genotypes):
-                    result = scores[genotype]
+                scores = pool.score(genotypes, [batch], Terms(self.config.alpha_r, draws, first_draw=update * draws))
+                told = self.controller.tell(genotypes, [result.reward for result in scores])
+                for rollout, (genotype, result) in enumerate(zip(genotypes, scores, strict=True)):
                     if result.reward > best:
                         best, self._best = result.reward, genotype
                     trials.append(

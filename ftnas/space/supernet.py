@@ -77,6 +77,7 @@ class Supernet(CellNetwork):
             affine=False,
         )
         self.space = space
+        self.num_classes, self.in_channels = num_classes, in_channels
         self._cell_types = [plan.cell_type for plan in space.layout()]
         use_batch_statistics(self)
 

@@ -96,6 +96,8 @@ def derive(
     finals = [(genotype, first, final) for (genotype, first), final in zip(ranked, again, strict=False)]
     finals.sort(key=lambda entry: -entry[2].reward)
     winner = finals[0][0]
+    if finals[0][2].reward == 0.0:
+        raise RuntimeError(f"{title}: no candidate could be scored, or all are wrong on every image; see events.jsonl")
     _tell_degenerate(winner, supernet.space, folder)
     rest = [(genotype, first, None) for genotype, first in ranked[config.finalists :]]
     folder.write_json(RANKING, [_entry(*entry) for entry in [*finals, *rest]])

@@ -217,3 +217,14 @@ def test_cells_that_nothing_reads_are_reported(space, tmp_path, capsys):
 def test_wrong_settings_are_refused(space, tmp_path, changes, message):
     with RunDir.create(tmp_path / "run", {}) as run, pytest.raises(ValueError, match=message):
         make_search(space, run.stage("search"), **changes)
+
+
+def test_a_search_in_which_nothing_can_be_scored_names_no_winner(space, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("ftnas.pool.score", broken)
+    with RunDir.create(tmp_path / "run", {}) as run:
+        with pytest.raises(RuntimeError, match="no candidate could be scored"):
+            make_search(space, run.stage("search"), epochs=2).run()
+        assert not run.stage("search").file("genotype.json").exists()

@@ -109,12 +109,13 @@ class Scorer:
     def __init__(self, supernet: Supernet, hardware: Hardware, threads: int) -> None:
         self._supernet, self._hardware, self._threads = supernet, hardware, threads
         self._open = contextlib.ExitStack()
+        self._stale = False
 
     def open(self, seed: int) -> None:
         """Put the hardware under the supernet as it is now; its weights are quantized once for all candidates."""
         self.close()
         self._supernet.eval()
-        self._seed = seed
+        self._seed, self._stale = seed, False
         self._injection = self._open.enter_context(self._hardware.inject(self._supernet, seed=seed, errors="soft"))
 
     def close(self) -> None:
@@ -123,6 +124,8 @@ class Scorer:
 
     def score(self, task: Task, batches: Batches, terms: Terms) -> Result:
         """Score one candidate; an exception in it is a result too, and leaves nothing behind for the next one."""
+        if self._stale:
+            self.open(self._seed)
         try:
             genotype = Genotype.from_dict(task.genotype)
             with _num_threads(self._threads):
@@ -135,7 +138,9 @@ class Scorer:
                     first_draw=terms.first_draw,
                 )
         except Exception as error:
-            self.open(self._seed)
+            # left as by an error: an injection that was cut short has nothing to check
+            self._open.__exit__(type(error), error, error.__traceback__)
+            self._stale = True
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             return Result(task.id, False, (0.0, 0.0, 0.0), reason, os.getpid())
         return Result(task.id, True, (found.clean, found.faulty, found.reward), pid=os.getpid())

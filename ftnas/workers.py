@@ -32,8 +32,7 @@ ATTEMPTS = 3
 START_LIMIT_S = 60.0
 STORE_BYTES = 512 * 2**20
 """Of Ray's object store: a few versions of the weights and the images of one derivation."""
-LOOPBACK = "127.0.0.2"
-"""An address of the loopback interface that Ray does not replace by the machine's own, as it does 127.0.0.1."""
+LOOPBACK = "127.0.0.1"
 
 
 class Worker:
@@ -73,7 +72,7 @@ class RayPool(Pool):
         super().__init__(events)
         self._supernet = supernet
         threads = num_threads(config)
-        self._stop = start_ray(config)
+        self._stop = start_ray(config.address, cpus=config.workers * threads)
         import ray  # after its environment is set
 
         self._ray: Any = ray
@@ -165,16 +164,23 @@ def open_pool(config: PoolConfig, supernet: Supernet, hardware: Hardware, *, eve
     return RayPool(supernet, hardware, config=config, events=events)
 
 
-def start_ray(config: PoolConfig) -> Callable[[], None]:
+def start_ray(address: str | None, *, cpus: int) -> Callable[[], None]:
     """Start Ray on this machine alone, or join the cluster that is named; return what ends it again.
+
+    Where this process is part of a running Ray already, nothing is started, and nothing ended.
+
+    Args:
+        address: Of a cluster; None starts Ray here.
+        cpus: How many CPUs Ray may hand out when it is started here.
 
     Raises:
         RuntimeError: One line: it does not start, or not in time.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if config.address is None:  # Ray reads these when it is imported
+    if address is None:  # Ray reads these when it is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else Ray replaces 127.0.0.1 by an address that others reach
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
@@ -182,16 +188,16 @@ def start_ray(config: PoolConfig) -> Callable[[], None]:
         return lambda: None
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     folder: str | None = None
-    if config.address is None:
+    if address is None:
         folder = tempfile.mkdtemp(prefix="ftnas-", dir="/tmp" if Path("/tmp").is_dir() else None)
         own = {
-            "num_cpus": config.workers * num_threads(config),
+            "num_cpus": cpus,
             "object_store_memory": STORE_BYTES,
             "_temp_dir": folder,
         }
         options: dict[str, Any] = {"address": "local", "include_dashboard": False, "_node_ip_address": LOOPBACK} | own
     else:
-        options = {"address": config.address}
+        options = {"address": address}
 
     def stop() -> None:
         ray.shutdown()

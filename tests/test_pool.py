@@ -25,7 +25,7 @@ CONFIGS = {"in process": PoolConfig(threads=1), "ray": PoolConfig(workers=2)}
 
 @pytest.fixture(scope="module")
 def ray_started():
-    stop = start_ray(CONFIGS["ray"])
+    stop = start_ray(None, cpus=2)
     yield
     stop()
 
@@ -187,8 +187,8 @@ def test_no_process_is_left_behind(end, tmp_path):
     mark = f"ftnas-mark-{tmp_path.name}-{os.getpid()}"
     code = (
         "import os, signal, time\n"
-        "from ftnas.pool import PoolConfig\nfrom ftnas.workers import start_ray\n"
-        "stop = start_ray(PoolConfig(workers=1))\n"
+        "from ftnas.workers import start_ray\n"
+        "stop = start_ray(None, cpus=1)\n"
         f"try:\n    pass\n    {end}\nfinally:\n    stop()\n"
     )
     subprocess.run(

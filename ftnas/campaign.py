@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import tee
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ from ftnas.evaluate import answers
 from ftnas.faults.hardware import AnyFault, Hardware
 from ftnas.faults.inject import Errors
 from ftnas.models import Complexity
+from ftnas.pool import Box, InProcess, Pool
 from ftnas.progress import track
 from ftnas.rng import seed_for
 from ftnas.rundir import Folder
@@ -108,8 +111,14 @@ class Subject:
     complexity: Complexity
     load: Callable[[], nn.Module]
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What records say of it: ``model``, ``train_seed``, ``training``, ``flops``, ``params``."""
+        size = {"flops": self.complexity.flops, "params": self.complexity.params}
+        return {"model": self.name, "train_seed": self.train_seed, "training": self.training, **size}
 
-class _Point(NamedTuple):
+
+class Point(NamedTuple):
     """One record to be made; ``device`` is None at rate 0."""
 
     sweep: SweepConfig
@@ -117,6 +126,7 @@ class _Point(NamedTuple):
     device: int | None
 
     def key(self, subject: Subject) -> tuple[Any, ...]:
+        """Return what a record of the point is found by."""
         return subject.name, subject.train_seed, self.sweep.label, self.rate, self.device
 
 
@@ -128,6 +138,7 @@ def run_campaign(
     hardware: Hardware,
     seed: int,
     folder: Folder,
+    pool: Pool | None = None,
 ) -> list[dict[str, Any]]:
     """Measure every model at every point; points that the folder's records hold already are not measured again.
 
@@ -138,6 +149,7 @@ def run_campaign(
         hardware: Number formats and faulted layers; its fault model plays no part here.
         seed: Of the devices.
         folder: Where ``records.jsonl`` lies.
+        pool: Does the measurements; None: this process.
 
     Returns:
         All records, as ``records.jsonl`` holds them.
@@ -149,6 +161,7 @@ def run_campaign(
     for identity in identities:
         if identities.count(identity) > 1:
             raise ValueError(f"campaign: two models are called {identity[0]!r} (training seed {identity[1]})")
+    pool = pool or InProcess()
     journal = folder.journal(RECORDS)
     done = {
         _key_of(record, f"{journal.path}: record {n}"): float(record["accuracy"])
@@ -156,44 +169,65 @@ def run_campaign(
     }
     grid = list(_grid(config))
     measured = sum(point.key(subject) in done for subject in subjects for point in grid)
+    shared = pool.put(images)
     with track("campaign", len(grid) * len(subjects), done=measured) as progress:
         for subject in subjects:
-            model: nn.Module | None = None
-            for point in grid:
-                key = point.key(subject)
-                if key in done:
+            left = [point for point in grid if point.key(subject) not in done]
+            if not left:
+                continue
+            job = pool.put(Measure(subject.identity, subject.load(), shared, config, hardware, seed))
+            pending: set[Point] = set()
+            settled = partial(_settled, subject=subject, done=done, pending=pending, config=config)
+            ahead, points = tee(_unsettled(left, settled, pending))
+            for point, result in zip(points, pool.map(job, ahead), strict=True):
+                pending.discard(point)
+                if settled(point):  # by what was measured meanwhile
                     continue
-                if _settled(point, subject, done, config):
-                    progress.advance()
-                    continue
-                model = subject.load() if model is None else model
-                record = _measure(subject, model, point, images, config=config, hardware=hardware, seed=seed)
+                record = result.get()
                 journal.append(record)
-                done[key] = float(record["accuracy"])
+                done[point.key(subject)] = float(record["accuracy"])
                 progress.advance(f"{subject.name}, {record['fault']} {point.rate:g}: {record['accuracy']:.1%}")
+            if spared := sum(point.key(subject) not in done for point in left):
+                progress.advance(num=spared)
     return [dict(record) for record in journal.records()]
 
 
-def _settled(point: _Point, subject: Subject, done: dict[tuple[Any, ...], float], config: CampaignConfig) -> bool:
+def _unsettled(points: Sequence[Point], settled: Callable[[Point], bool], pending: set[Point]) -> Iterator[Point]:
+    """Yield the points to be measured, each as late as it is asked for, and note them as pending."""
+    for point in points:
+        if not settled(point):
+            pending.add(point)
+            yield point
+
+
+def _settled(
+    point: Point,
+    *,
+    subject: Subject,
+    done: Mapping[tuple[Any, ...], float],
+    pending: Collection[Point],
+    config: CampaignConfig,
+) -> bool:
     """Tell whether the devices before this one are enough for the half-width that was asked for.
 
-    It depends on the records alone, so that a campaign that was interrupted stops where one left alone does.
+    It depends on the records alone, so that a campaign that was interrupted, or was measured by workers, stops where
+    one left alone does.
     """
     if config.half_width is None or point.device is None:
         return False
-    before = [point._replace(device=device).key(subject) for device in range(point.device)]
-    if any(key not in done for key in before):
-        return True  # an earlier device was left out, since those before it were enough
-    values = [done[key] for key in before]
-    return len(values) >= MIN_DEVICES and enough(values, half_width=config.half_width)
+    before = [point._replace(device=device) for device in range(point.device)]
+    missing = [earlier for earlier in before if earlier.key(subject) not in done]
+    if missing:  # an earlier device was left out, since those before it were enough; or it is on its way
+        return any(earlier not in pending for earlier in missing)
+    return len(before) >= MIN_DEVICES and enough([done[p.key(subject)] for p in before], half_width=config.half_width)
 
 
-def _grid(config: CampaignConfig) -> Iterator[_Point]:
+def _grid(config: CampaignConfig) -> Iterator[Point]:
     for sweep in config.sweeps:
-        yield _Point(sweep, 0.0, None)
+        yield Point(sweep, 0.0, None)
         for rate in sorted(set(sweep.rates) - {0.0}):
             for device in range(config.devices):
-                yield _Point(sweep, rate, device)
+                yield Point(sweep, rate, device)
 
 
 def _key_of(record: dict[str, Any], where: str) -> tuple[Any, ...]:
@@ -204,41 +238,51 @@ def _key_of(record: dict[str, Any], where: str) -> tuple[Any, ...]:
     return tuple(record[name] for name in names)
 
 
-def _measure(
-    subject: Subject,
-    model: nn.Module,
-    point: _Point,
-    images: ImageSet,
-    *,
-    config: CampaignConfig,
-    hardware: Hardware,
-    seed: int,
-) -> dict[str, Any]:
-    sweep = point.sweep
-    under = hardware.with_fault(sweep.fault, *(sweep.also if point.rate else ())).with_rate(point.rate)
-    device_seed = seed_for(seed, "device", point.device or 0)
-    with under.inject(model, seed=device_seed, errors=config.errors) as injection:
-        found = answers(model, images.batches(config.batch_size))
-    record, correct = injection.record, found.correct
-    return {
-        "schema": SCHEMA,
-        "model": subject.name,
-        "train_seed": subject.train_seed,
-        "training": subject.training,
-        "fault": sweep.label,
-        "rate_name": sweep.fault.rate_name,
-        "rate": point.rate,
-        "device": point.device,
-        "accuracy": float(correct.double().mean()),
-        "num_images": len(correct),
-        "nonfinite": int(found.nonfinite.sum()),
-        "nonfinite_weights": record.nonfinite,
-        "hits": record.hits,
-        "sites": record.sites,
-        "flops": subject.complexity.flops,
-        "params": subject.complexity.params,
-        "correct": _packed(correct),
-    }
+@dataclass(frozen=True)
+class Measure:
+    """The job of a pool that measures one model at points of the grid: what one record says.
+
+    Attributes:
+        identity: What records say of the model.
+        model: In evaluation mode.
+        images: Test images.
+        config: Batches and errors.
+        hardware: Number formats and faulted layers.
+        seed: Of the devices.
+    """
+
+    identity: dict[str, Any]
+    model: nn.Module
+    images: Box[ImageSet]
+    config: CampaignConfig
+    hardware: Hardware
+    seed: int
+
+    def __call__(self, point: Point) -> dict[str, Any]:
+        """Return the record of a point."""
+        sweep = point.sweep
+        under = self.hardware.with_fault(sweep.fault, *(sweep.also if point.rate else ())).with_rate(point.rate)
+        device_seed = seed_for(self.seed, "device", point.device or 0)
+        with under.inject(self.model, seed=device_seed, errors=self.config.errors) as injection:
+            found = answers(self.model, self.images.get().batches(self.config.batch_size))
+        record, correct = injection.record, found.correct
+        size = {name: self.identity[name] for name in ("flops", "params")}
+        return {
+            "schema": SCHEMA,
+            **{name: self.identity[name] for name in ("model", "train_seed", "training")},
+            "fault": sweep.label,
+            "rate_name": sweep.fault.rate_name,
+            "rate": point.rate,
+            "device": point.device,
+            "accuracy": float(correct.double().mean()),
+            "num_images": len(correct),
+            "nonfinite": int(found.nonfinite.sum()),
+            "nonfinite_weights": record.nonfinite,
+            "hits": record.hits,
+            "sites": record.sites,
+            **size,
+            "correct": _packed(correct),
+        }
 
 
 def _packed(correct: Tensor) -> str:

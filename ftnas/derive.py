@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from ftnas.candidates import Candidates, Terms
 from ftnas.controllers import Controller
 from ftnas.data import ImageSet
 from ftnas.evaluate import Score, score
 from ftnas.faults.hardware import Hardware
-from ftnas.pool import Pool, Terms
 from ftnas.progress import say, track
 from ftnas.rng import isolated, seed_for
 from ftnas.rundir import Folder
@@ -46,7 +46,7 @@ def derive(
     controller: Controller,
     supernet: Supernet,
     *,
-    pool: Pool,
+    candidates: Candidates,
     config: DeriveConfig,
     weights: SgdConfig,
     hardware: Hardware,
@@ -65,7 +65,7 @@ def derive(
     Args:
         controller: Is asked for the candidates.
         supernet: Trained shared weights.
-        pool: Scores paths of that supernet.
+        candidates: Scores paths of that supernet.
         config: How many candidates, and how they are scored.
         weights: Training settings of the finalists, when they are trained.
         hardware: Faults and number formats.
@@ -77,11 +77,11 @@ def derive(
         folder: Where the files go.
         title: Name on the progress bar.
     """
-    candidates = _distinct(controller, config.samples)
-    rank = _Scorer(pool, hardware, controller_images, alpha_r, batch_size, seed)
-    with track(f"{title}: derive", len(candidates)) as progress:
-        found = rank.shared(candidates, config.draws, "derive", done=progress.advance)
-    ranked = list(zip(candidates, found, strict=True))
+    sampled = _distinct(controller, config.samples)
+    rank = _Scorer(candidates, hardware, controller_images, alpha_r, batch_size, seed)
+    with track(f"{title}: derive", len(sampled)) as progress:
+        found = rank.shared(sampled, config.draws, "derive", done=progress.advance)
+    ranked = list(zip(sampled, found, strict=True))
     ranked.sort(key=lambda pair: -pair[1].reward)
     best = [genotype for genotype, _ in ranked[: config.finalists]]
     if config.train_epochs:
@@ -121,9 +121,9 @@ class _Scorer:
     """Scores candidates on all images of the controller split, on common draws."""
 
     def __init__(
-        self, pool: Pool, hardware: Hardware, images: ImageSet, alpha_r: float, batch_size: int, seed: int
+        self, candidates: Candidates, hardware: Hardware, images: ImageSet, alpha_r: float, batch_size: int, seed: int
     ) -> None:
-        self._pool, self._hardware, self._images, self._alpha_r = pool, hardware, images, alpha_r
+        self._candidates, self._hardware, self._images, self._alpha_r = candidates, hardware, images, alpha_r
         self._batch_size, self._seed = batch_size, seed
 
     def shared(
@@ -131,8 +131,8 @@ class _Scorer:
     ) -> list[Score]:
         """Score paths of the supernet, in order; its weights are quantized once for all of them."""
         batches = list(self._images.batches(self._batch_size))
-        with self._pool.weights(seed_for(self._seed, purpose)):
-            return self._pool.score(genotypes, batches, Terms(self._alpha_r, draws), done=done)
+        with self._candidates.weights(seed_for(self._seed, purpose)):
+            return self._candidates.score(genotypes, batches, Terms(self._alpha_r, draws), done=done)
 
     def trained(self, model: Any, draws: int) -> Score:
         """Score a discrete network with its running statistics."""

@@ -23,6 +23,7 @@ from ftnas.single import run_single_faults
 from ftnas.space import Genotype
 from ftnas.storage import load_checkpoint
 from ftnas.train import clean_accuracy, fit, fit_by_rate_protocol
+from ftnas.workers import open_pool
 
 MODEL = "model.pt"
 
@@ -102,7 +103,12 @@ class Pipeline:
         seed, hardware = seed_for(config.seed, "campaign"), config.hardware
         if config.campaign is not None:
             chosen = _some(images, config.campaign.images)
-            run_campaign(subjects, chosen, config=config.campaign, hardware=hardware, seed=seed, folder=self.run)
+            with open_pool(config.pool, events=self.run.events) as pool:
+                if not pool.shares_memory and self.device.type != "cpu":
+                    raise ValueError(f"pool.workers measure on the CPU, and the run is on {self.device}; use workers=0")
+                run_campaign(
+                    subjects, chosen, config=config.campaign, hardware=hardware, seed=seed, folder=self.run, pool=pool
+                )
         for single in config.single_faults:
             chosen = _some(images, single.images)
             run_single_faults(subjects, chosen, config=single, hardware=hardware, seed=seed, folder=self.run)

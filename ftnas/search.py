@@ -9,13 +9,14 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from ftnas.candidates import Candidates, Terms
 from ftnas.controllers import Controller, ControllerChoice, RandomConfig, ReinforceConfig, create_controller
 from ftnas.data import ImageSet
 from ftnas.derive import DeriveConfig, derive
 from ftnas.faults.hardware import Hardware
 from ftnas.models import check_state
 from ftnas.plots import draw_genotype, pixels
-from ftnas.pool import Pool, PoolConfig, Terms
+from ftnas.pool import PoolConfig
 from ftnas.progress import say, track
 from ftnas.rng import generator, isolated, seed_for
 from ftnas.rundir import Folder
@@ -155,16 +156,16 @@ class Search:
     def run(self) -> Genotype:
         """Search, derive and return the winner; what is done already is not done again."""
         first = self._restore()
-        with open_pool(self._pool, self.supernet, self.hardware, events=self._folder.events) as pool:
-            return self._run(first, pool)
+        with open_pool(self._pool, events=self._folder.events) as pool:
+            return self._run(first, Candidates(pool, self.supernet, self.hardware, events=self._folder.events))
 
-    def _run(self, first: int, pool: Pool) -> Genotype:
+    def _run(self, first: int, candidates: Candidates) -> Genotype:
         board = self._folder.tensorboard(purge_step=first)
         with track(self._title, self.config.epochs, done=first) as progress:
             for epoch in range(first, self.config.epochs):
                 record: dict[str, Any] = {"epoch": epoch, **self._weights_epoch(epoch)}
                 if epoch >= self.config.warmup_epochs:
-                    record |= self._controller_epoch(epoch, pool)
+                    record |= self._controller_epoch(epoch, candidates)
                 self._scheduler.step()
                 self._folder.journal(EPOCHS).append(record)
                 for name, value in record.items():
@@ -176,7 +177,7 @@ class Search:
         winner = derive(
             self.controller,
             self.supernet,
-            pool=pool,
+            candidates=candidates,
             config=self.config.derive,
             weights=self.config.weights,
             hardware=self.hardware,
@@ -228,16 +229,18 @@ class Search:
 
         return forward
 
-    def _controller_epoch(self, epoch: int, pool: Pool) -> dict[str, Any]:
+    def _controller_epoch(self, epoch: int, candidates: Candidates) -> dict[str, Any]:
         """Ask, evaluate and tell (lines 14-21)."""
         trials, updates = self._folder.journal(TRIALS), self._folder.journal(UPDATES)
         sums: dict[str, float] = {}
         best = -1.0
-        with pool.weights(seed_for(self._seed, "rewards")):
+        with candidates.weights(seed_for(self._seed, "rewards")):
             for index, batch in enumerate(self._reward_batches(epoch)):
                 update, draws = epoch * self._num_updates + index, self.config.reward_draws
                 genotypes = self.controller.ask(self.config.rollouts)
-                scores = pool.score(genotypes, [batch], Terms(self.config.alpha_r, draws, first_draw=update * draws))
+                scores = candidates.score(
+                    genotypes, [batch], Terms(self.config.alpha_r, draws, first_draw=update * draws)
+                )
                 told = self.controller.tell(genotypes, [result.reward for result in scores])
                 for rollout, (genotype, result) in enumerate(zip(genotypes, scores, strict=True)):
                     if result.reward > best:

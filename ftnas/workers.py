@@ -1,8 +1,9 @@
-"""Candidates scored by worker processes of Ray, which is imported here alone and only when workers are asked for."""
+"""Tasks done by worker processes of Ray, which is imported only when workers are asked for."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import secrets
 import shutil
@@ -10,123 +11,173 @@ import signal
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
-from torch import nn
 
-from ftnas.faults.hardware import Hardware
-from ftnas.pool import Batches, Events, InProcess, Pool, PoolConfig, Result, Scorer, Task, Terms, num_threads
-from ftnas.space import Space, Supernet
+from ftnas.pool import Box, Events, InProcess, Pool, PoolConfig, R, Result, T, attempt
+from ftnas.progress import say
 
 IN_FLIGHT = 2
 """Calls per worker: one that runs and one that waits."""
+AHEAD = 64
+"""Results that wait for an earlier one, at most."""
 TASK_RETRIES = 2
-"""How often Ray repeats a candidate whose worker died."""
+"""How often Ray repeats a task whose worker died."""
 ATTEMPTS = 3
-"""How often a candidate is given to a fresh worker after Ray has given up on one."""
+"""How often a task is given to a fresh worker after Ray has given up on one."""
 START_LIMIT_S = 60.0
 STORE_BYTES = 512 * 2**20
-"""Of Ray's object store: a few versions of the weights and the images of one derivation."""
+"""Of Ray's object store: a few versions of the weights and the images of one derivation; what is more goes to disk."""
 LOOPBACK = "127.0.0.1"
 
 
 class Worker:
-    """What one process of Ray runs: a supernet of its own, filled once per version of the weights."""
+    """What one process of Ray runs: the jobs that it is sent, each pulled once."""
 
-    def __init__(self, supernet: Mapping[str, Any], hardware: Mapping[str, Any], threads: int) -> None:
+    def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
-        space = Space.model_validate(supernet["space"])
-        self._supernet = Supernet(space, num_classes=supernet["num_classes"], in_channels=supernet["in_channels"])
-        self._scorer = Scorer(self._supernet, Hardware.model_validate(hardware), threads)
-        self._version = self._batch = -1
-        self._batches: Batches = ()
+        self._threads = threads
+        self._number, self._job = -1, None
 
-    def score(
-        self, task: Task, terms: Terms, weights: tuple[int, int, list[Any]], images: tuple[int, list[Any]]
-    ) -> Any:
-        """Score a candidate; weights (version, seed, [reference]) and images (number, [reference]) are pulled once."""
+    def call(self, number: int, job: Box[Any], task: Any) -> Result[Any]:
+        """Do a task of the job of that number."""
+        if number != self._number:
+            self._number, self._job = number, None  # before the next one is there, for the memory
+            self._job = job.get()
+        assert self._job is not None
+        return attempt(self._job, task, threads=self._threads)
+
+
+class Stored(Box[T]):
+    """A value in Ray's object store."""
+
+    def __init__(self, reference: Any) -> None:
+        self._boxed = [reference]  # a bare one would be resolved again at every call
+
+    def get(self) -> T:
+        """See `Box.get`; what is returned lies in the memory of all workers."""
         import ray
 
-        version, seed, (vector,) = weights
-        if version != self._version:
-            self._scorer.close()
-            unflatten(ray.get(vector), self._supernet)
-            self._scorer.open(seed)
-            self._version = version
-        number, (arrays,) = images
-        if number != self._batch:  # copied: what lies in the object store belongs to every worker
-            self._batches = [(torch.tensor(x), torch.tensor(y)) for x, y in ray.get(arrays)]
-            self._batch = number
-        return self._scorer.score(task, self._batches, terms)
+        value: T = ray.get(self._boxed[0])
+        return value
+
+
+@dataclass
+class _Call:
+    """A task on its way."""
+
+    number: int
+    task: Any
+    place: int
+    actor: Any
+    lost: int = 0
 
 
 class RayPool(Pool):
-    """Scores candidates in processes of Ray, two calls in flight for each; a lost one is replaced."""
+    """Does tasks in processes of Ray, two calls in flight for each; a lost one is replaced.
 
-    def __init__(self, supernet: Supernet, hardware: Hardware, *, config: PoolConfig, events: Events) -> None:
-        super().__init__(events)
-        self._supernet = supernet
-        threads = num_threads(config)
-        self._stop = start_ray(config.address, cpus=config.workers * threads)
+    Args:
+        config: How many workers, and their threads.
+        events: Takes a kind and fields: what happened to the workers.
+
+    Raises:
+        ValueError: The cluster at the address cannot be joined.
+        RuntimeError: Ray does not start.
+    """
+
+    shares_memory = False
+
+    def __init__(self, config: PoolConfig, *, events: Events) -> None:
+        self.threads = config.threads or torch.get_num_threads()
+        self._events = events
+        self._stop = start_ray(config.address, cpus=config.workers * self.threads)
         import ray  # after its environment is set
 
         self._ray: Any = ray
-        actor: Any = ray.remote(num_cpus=threads, max_restarts=-1, max_task_retries=TASK_RETRIES)(Worker)
-        size = {"num_classes": supernet.num_classes, "in_channels": supernet.in_channels}
-        recipe = {"space": supernet.space.model_dump(mode="json"), **size}
-        self._new = lambda: actor.remote(recipe, hardware.model_dump(mode="json"), threads)
+        remote: Any = ray.remote(num_cpus=self.threads, max_restarts=-1, max_task_retries=TASK_RETRIES)(Worker)
+        self._new = lambda: remote.remote(self.threads)
         self._actors = [self._new() for _ in range(config.workers)]
         self._pids = [0] * config.workers
-        self._version = self._batch = 0
-        self._weights: tuple[int, int, list[Any]] | None = None
-        events("pool_started", workers=config.workers, threads=threads)
+        self._jobs: WeakKeyDictionary[Box[Any], int] = WeakKeyDictionary()
+        self._numbers = itertools.count()
+        events("pool_started", workers=config.workers, threads=self.threads)
 
-    @contextlib.contextmanager
-    def weights(self, seed: int) -> Iterator[None]:
-        """See `Pool.weights`."""
-        self._version += 1
-        self._weights = (self._version, seed, [self._ray.put(flatten(self._supernet))])
+    def put(self, value: T) -> Box[T]:
+        """See `Pool.put`."""
+        return Stored(self._ray.put(value))
+
+    def map(self, job: Box[Callable[[T], R]], tasks: Iterable[T]) -> Iterator[Result[R]]:
+        """See `Pool.map`; a task whose workers died again and again is a failure too."""
+        ray, source = self._ray, enumerate(tasks)
+        if job not in self._jobs:
+            self._jobs[job] = next(self._numbers)
+        number = self._jobs[job]
+        flying: dict[Any, _Call] = {}
+        found: dict[int, Result[R]] = {}
+        again: deque[_Call] = deque()
+        due, more = 0, True
         try:
-            yield
+            while more or again or flying or found:
+                while (again or more) and len(flying) < IN_FLIGHT * len(self._actors) and len(found) < AHEAD:
+                    call = again.popleft() if again else self._next(source)
+                    if call is None:
+                        more = False
+                        break
+                    call.place, call.actor = self._least_busy(flying)
+                    flying[call.actor.call.remote(number, job, call.task)] = call
+                if due not in found and flying:
+                    ready, _ = ray.wait(list(flying), num_returns=1)
+                    call = flying.pop(ready[0])
+                    result = self._result(ready[0], call)
+                    if result is None:
+                        again.append(call)
+                    else:
+                        found[call.number] = result
+                while due in found:
+                    yield found.pop(due)
+                    due += 1
         finally:
-            self._weights = None
+            for reference in flying:  # what nobody asked for any more
+                ray.cancel(reference)
 
-    def _map(self, tasks: Sequence[Task], batches: Batches, terms: Terms) -> Iterator[Result]:
-        ray = self._ray
-        self._batch += 1
-        images = (self._batch, [ray.put([(x.contiguous().numpy(), y.numpy()) for x, y in batches])])
-        waiting, lost = deque(tasks), dict.fromkeys((task.id for task in tasks), 0)
-        flying: dict[Any, tuple[Task, int, Any]] = {}
-        while waiting or flying:
-            for _ in range(IN_FLIGHT):
-                for place, actor in enumerate(self._actors):
-                    if waiting and sum(entry[1] == place for entry in flying.values()) < IN_FLIGHT:
-                        task = waiting.popleft()
-                        flying[actor.score.remote(task, terms, self._weights, images)] = (task, place, actor)
-            ready, _ = ray.wait(list(flying), num_returns=1)
-            task, place, actor = flying.pop(ready[0])
-            try:
-                result = ray.get(ready[0])
-            except ray.exceptions.RayActorError as error:
-                self._replace(place, actor, error)
-                lost[task.id] += 1
-                if lost[task.id] < ATTEMPTS:
-                    waiting.appendleft(task)
-                    continue
-                result = Result(task.id, False, (0.0, 0.0, 0.0), f"its worker died {ATTEMPTS} times")
-            self._note(place, result.pid)
-            yield result
+    def _next(self, source: Iterator[tuple[int, Any]]) -> _Call | None:
+        for number, task in source:
+            return _Call(number, task, -1, None)
+        return None
 
-    def _replace(self, place: int, actor: Any, error: Exception) -> None:
-        if self._actors[place] is actor:
-            self._events("worker_lost", worker=place, reason=str(error).splitlines()[0])
-            self._ray.kill(actor)
-            self._actors[place] = self._new()
+    def _least_busy(self, flying: Mapping[Any, _Call]) -> tuple[int, Any]:
+        busy = [sum(call.place == place for call in flying.values()) for place in range(len(self._actors))]
+        place = min(range(len(busy)), key=busy.__getitem__)
+        return place, self._actors[place]
+
+    def _result(self, reference: Any, call: _Call) -> Result[Any] | None:
+        """Return what came of a call; None when it is to be made again, since its worker died."""
+        try:
+            result: Result[Any] = self._ray.get(reference)
+        except self._ray.exceptions.RayActorError as error:
+            self._replace(call, error)
+            call.lost += 1
+            if call.lost < ATTEMPTS:
+                return None
+            return Result(None, RuntimeError(f"its worker died {ATTEMPTS} times"))
+        except self._ray.exceptions.RayError as error:  # e.g. what it reads is lost, or the machine has no memory left
+            return Result(None, RuntimeError(str(error).splitlines()[0]))
+        self._note(call.place, result.pid)
+        return result
+
+    def _replace(self, call: _Call, error: Exception) -> None:
+        if self._actors[call.place] is call.actor:
+            reason = str(error).splitlines()[0]
+            say(f"warning: worker {call.place} is lost and replaced: {reason}")
+            self._events("worker_lost", worker=call.place, reason=reason)
+            self._ray.kill(call.actor)
+            self._actors[call.place] = self._new()
 
     def _note(self, place: int, pid: int) -> None:
         """Tell of a worker that Ray has restarted, which shows by its process."""
@@ -143,25 +194,20 @@ class RayPool(Pool):
         self._stop()
 
 
-def open_pool(config: PoolConfig, supernet: Supernet, hardware: Hardware, *, events: Events) -> Pool:
+def open_pool(config: PoolConfig, *, events: Events) -> Pool:
     """Make the pool that the settings ask for.
 
     Args:
         config: How many workers, and their threads.
-        supernet: Shared weights; they are read at each `Pool.weights`.
-        hardware: Faults and number formats.
         events: Takes a kind and fields: what happened to the pool.
 
     Raises:
-        ValueError: Workers are asked for and the supernet is not on the CPU.
+        ValueError: The cluster at the address cannot be joined.
         RuntimeError: Ray does not start.
     """
     if config.workers == 0:
-        return InProcess(supernet, hardware, threads=num_threads(config), events=events)
-    device = next(supernet.parameters()).device
-    if device.type != "cpu":
-        raise ValueError(f"pool.workers={config.workers} score on the CPU, and the run is on {device}; use workers=0")
-    return RayPool(supernet, hardware, config=config, events=events)
+        return InProcess(threads=config.threads)
+    return RayPool(config, events=events)
 
 
 def start_ray(address: str | None, *, cpus: int) -> Callable[[], None]:
@@ -180,7 +226,9 @@ def start_ray(address: str | None, *, cpus: int) -> Callable[[], None]:
     if address is None:  # Ray reads these when it is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else Ray replaces 127.0.0.1 by an address that others reach
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
+            "0"  # else Ray replaces 127.0.0.1 by an address that others reach
+        )
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
@@ -214,23 +262,6 @@ def start_ray(address: str | None, *, cpus: int) -> Callable[[], None]:
             raise
         raise RuntimeError(f"Ray did not start: {' '.join(str(error).split())}; pool.workers=0 does without") from None
     return stop
-
-
-def flatten(module: nn.Module) -> np.ndarray[Any, Any]:
-    """Return all parameters and buffers as one vector of bytes, uint8 [bytes], in the order of ``state_dict``."""
-    state = module.state_dict().values()
-    return np.concatenate([value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for value in state])
-
-
-@torch.no_grad()
-def unflatten(vector: np.ndarray[Any, Any], module: nn.Module) -> None:
-    """Copy such a vector into a module of the same architecture; the vector itself is left alone."""
-    own, start = torch.tensor(vector), 0
-    for value in module.state_dict().values():
-        size = value.numel() * value.element_size()
-        value.copy_(own[start : start + size].clone().view(value.dtype).reshape(value.shape))
-        start += size
-    assert start == len(own)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 # ruff: noqa: F811 - the fixture of another file
 """Pools: in order, equal bit for bit, and a lost worker or a failing candidate loses nothing."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,10 +15,11 @@ import torch
 from test_search import contents, make_search
 from test_search import space as space  # the fixture
 
-from ftnas.pool import PoolConfig, Terms
+from ftnas.candidates import Candidates, Terms, flatten, unflatten
+from ftnas.pool import PoolConfig
 from ftnas.rundir import RunDir
 from ftnas.space import Genotype
-from ftnas.workers import flatten, open_pool, start_ray, unflatten
+from ftnas.workers import open_pool, start_ray
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:ray.*", "ignore::DeprecationWarning:ray.*")
 CONFIGS = {"in process": PoolConfig(threads=1), "ray": PoolConfig(workers=2)}
@@ -42,10 +44,13 @@ class Setting:
         self.batches = list(search._controller_images.batches(16))
         self.events = []
 
+    @contextlib.contextmanager
     def open(self, config):
-        return open_pool(
-            config, self.supernet, self.hardware, events=lambda kind, **fields: self.events.append((kind, fields))
-        )
+        def event(kind, **fields):
+            self.events.append((kind, fields))
+
+        with open_pool(config, events=event) as pool:
+            yield Candidates(pool, self.supernet, self.hardware, events=event)
 
 
 @pytest.fixture
@@ -154,7 +159,7 @@ def test_a_killed_worker_changes_no_result(setting, ray_started):
         expected = pool.score(setting.genotypes, setting.batches, terms)
     with setting.open(CONFIGS["ray"]) as pool, pool.weights(7):
         pool.score(setting.genotypes, setting.batches, Terms(alpha_r=0.5))
-        victim = next(pid for pid in pool._pids if pid)
+        victim = next(pid for pid in pool._pool._pids if pid)
         killer = threading.Timer(0.3, os.kill, (victim, signal.SIGKILL))
         killer.start()
         found = pool.score(setting.genotypes, setting.batches, terms)

@@ -1,0 +1,205 @@
+"""Candidates of a search, scored against one version of the shared weights, in order."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ftnas.evaluate import Score, score
+from ftnas.faults.hardware import Hardware
+from ftnas.pool import Box, Events, Pool
+from ftnas.progress import say
+from ftnas.space import Genotype, Supernet
+
+Batches = Sequence[tuple[Tensor, Tensor]]
+Vector = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all candidates of one call have in common.
+
+    Attributes:
+        alpha_r: Weight of the faulty accuracy, in [0, 1].
+        draws: Fault draws per batch.
+        first_draw: Number of the first draw.
+    """
+
+    alpha_r: float
+    draws: int = 1
+    first_draw: int = 0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One version of the shared weights.
+
+    Attributes:
+        version: Its number.
+        seed: Of the stream of fault draws.
+        vector: The weights, as `flatten` writes them; None where the scorer holds the supernet itself.
+    """
+
+    version: int
+    seed: int
+    vector: Box[Vector] | None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate and what it is scored on; the images have a number, by which a worker knows them again."""
+
+    genotype: dict[str, Any]
+    terms: Terms
+    weights: Weights
+    images: tuple[int, Box[Any]]
+
+
+class Scorer:
+    """Scores single candidates on a supernet under injected faults: the job of the pool."""
+
+    def __init__(self, supernet: Supernet, hardware: Hardware) -> None:
+        self._supernet, self._hardware = supernet, hardware
+        self._open: contextlib.ExitStack | None = None
+        self._version = self._number = -1
+        self._batches: Batches = ()
+
+    def __call__(self, candidate: Candidate) -> Score:
+        """Score one candidate; an exception in it leaves nothing behind for the next one."""
+        self._take(candidate)
+        terms = candidate.terms
+        try:
+            genotype = Genotype.from_dict(candidate.genotype)
+            return score(
+                partial(self._supernet, genotype=genotype),
+                self._injection,
+                self._batches,
+                alpha_r=terms.alpha_r,
+                draws=terms.draws,
+                first_draw=terms.first_draw,
+            )
+        except BaseException as error:
+            if self._open is not None:  # left as by an error: an injection that was cut short has nothing to check
+                self._open.__exit__(type(error), error, error.__traceback__)
+            self._open = None
+            raise
+
+    def close(self) -> None:
+        """Take the faults away from the supernet."""
+        if self._open is not None:
+            self._open.close()
+        self._open, self._version = None, -1
+
+    def _take(self, candidate: Candidate) -> None:
+        """Put the hardware under the weights; they are quantized once for all candidates of a version."""
+        weights, (number, images) = candidate.weights, candidate.images
+        if weights.version != self._version:
+            self.close()
+            if weights.vector is not None:
+                unflatten(weights.vector.get(), self._supernet)
+            self._version = weights.version
+        if self._open is None:
+            self._supernet.eval()
+            self._open = contextlib.ExitStack()
+            injection = self._hardware.inject(self._supernet, seed=weights.seed, errors="soft")
+            self._injection = self._open.enter_context(injection)
+        if number != self._number:
+            self._batches = [(_tensor(x), _tensor(y)) for x, y in images.get()]
+            self._number = number
+
+
+class Candidates:
+    """Scores candidates of one supernet by a pool.
+
+    Args:
+        pool: Does the work.
+        supernet: Shared weights; they are read at each `weights`.
+        hardware: Faults and number formats.
+        events: Takes a kind and fields: what went wrong.
+
+    Raises:
+        ValueError: The pool has workers, and the supernet is not on the CPU.
+    """
+
+    def __init__(self, pool: Pool, supernet: Supernet, hardware: Hardware, *, events: Events) -> None:
+        device = next(supernet.parameters()).device
+        if not pool.shares_memory and device.type != "cpu":
+            raise ValueError(f"pool.workers score on the CPU, and the run is on {device}; use workers=0")
+        self._pool, self._supernet, self._events = pool, supernet, events
+        self._scorer = Scorer(supernet, hardware)
+        self._job = pool.put(self._scorer)
+        self._version = self._number = 0
+        self._weights: Weights | None = None
+
+    @contextlib.contextmanager
+    def weights(self, seed: int) -> Iterator[None]:
+        """Take the supernet's weights as they are now, and the stream of fault draws, for the calls in the body."""
+        self._version += 1
+        vector = None if self._pool.shares_memory else self._pool.put(flatten(self._supernet))
+        self._weights = Weights(self._version, seed, vector)
+        try:
+            yield
+        finally:
+            self._weights = None
+            self._scorer.close()
+
+    def score(
+        self, genotypes: Sequence[Genotype], batches: Batches, terms: Terms, *, done: Callable[[], None] = lambda: None
+    ) -> list[Score]:
+        """Score candidates on common images and draws; equal ones are scored once.
+
+        Args:
+            genotypes: The candidates.
+            batches: Float images [B, C, H, W] and int64 labels [B].
+            terms: How all of them are scored.
+            done: Called after each distinct candidate.
+
+        Returns:
+            Scores in the order of the candidates. One that raises is in the events, with its reason, and scores 0.
+        """
+        assert self._weights is not None, "within `weights` only"
+        self._number += 1
+        images = (self._number, self._pool.put(batches if self._pool.shares_memory else _arrays(batches)))
+        distinct = list(dict.fromkeys(genotypes))
+        tasks = [Candidate(genotype.to_dict(), terms, self._weights, images) for genotype in distinct]
+        scores: dict[Genotype, Score] = {}
+        for genotype, result in zip(distinct, self._pool.map(self._job, tasks), strict=True):
+            scores[genotype] = result.value or Score(clean=0.0, faulty=0.0, reward=0.0)
+            done()
+            if not result.ok:
+                say(f"warning: a candidate failed and scores 0: {result.reason}")
+                self._events("candidate_failed", reason=result.reason, genotype=genotype.to_dict())
+        return [scores[genotype] for genotype in genotypes]
+
+
+def flatten(module: nn.Module) -> Vector:
+    """Return all parameters and buffers as one vector of bytes, uint8 [bytes], in the order of ``state_dict``."""
+    state = module.state_dict().values()
+    return np.concatenate([value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for value in state])
+
+
+@torch.no_grad()
+def unflatten(vector: Vector, module: nn.Module) -> None:
+    """Copy such a vector into a module of the same architecture; the vector itself is left alone."""
+    own, start = torch.tensor(vector), 0
+    for value in module.state_dict().values():
+        size = value.numel() * value.element_size()
+        value.copy_(own[start : start + size].clone().view(value.dtype).reshape(value.shape))
+        start += size
+    assert start == len(own)
+
+
+def _tensor(array: Tensor | Vector) -> Tensor:
+    """Return a tensor; an array is copied, since what lies in an object store belongs to every worker."""
+    return array if isinstance(array, Tensor) else torch.tensor(array)
+
+
+def _arrays(batches: Batches) -> list[tuple[Vector, Vector]]:
+    return [(x.contiguous().numpy(), y.numpy()) for x, y in batches]

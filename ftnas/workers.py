@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections import deque
@@ -32,6 +33,7 @@ TASK_RETRIES = 2
 ATTEMPTS = 3
 """How often a task is given to a fresh worker after Ray has given up on one."""
 START_LIMIT_S = 60.0
+REACH_LIMIT_S = 5.0
 STORE_BYTES = 512 * 2**20
 """Of Ray's object store: a few versions of the weights and the images of one derivation; what is more goes to disk."""
 LOOPBACK = "127.0.0.1"
@@ -166,6 +168,8 @@ class RayPool(Pool):
             if call.lost < ATTEMPTS:
                 return None
             return Result(None, RuntimeError(f"its worker died {ATTEMPTS} times"))
+        except self._ray.exceptions.RayTaskError as error:  # e.g. the job cannot be read there
+            return Result(None, RuntimeError(f"{type(error.cause).__name__}: {error.cause}"))
         except self._ray.exceptions.RayError as error:  # e.g. what it reads is lost, or the machine has no memory left
             return Result(None, RuntimeError(str(error).splitlines()[0]))
         self._note(call.place, result.pid)
@@ -220,7 +224,8 @@ def start_ray(address: str | None, *, cpus: int) -> Callable[[], None]:
         cpus: How many CPUs Ray may hand out when it is started here.
 
     Raises:
-        RuntimeError: One line: it does not start, or not in time.
+        ValueError: One line: the cluster at the address cannot be joined.
+        RuntimeError: One line: Ray does not start, or not in time.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is None:  # Ray reads these when it is imported
@@ -245,6 +250,7 @@ def start_ray(address: str | None, *, cpus: int) -> Callable[[], None]:
         }
         options: dict[str, Any] = {"address": "local", "include_dashboard": False, "_node_ip_address": LOOPBACK} | own
     else:
+        _reach(address)
         options = {"address": address}
 
     def stop() -> None:
@@ -258,18 +264,36 @@ def start_ray(address: str | None, *, cpus: int) -> Callable[[], None]:
             ray.init(**options, **quiet)
     except BaseException as error:
         stop()
-        if not isinstance(error, Exception):
+        if not isinstance(error, Exception | _LateError):
             raise
-        raise RuntimeError(f"Ray did not start: {' '.join(str(error).split())}; pool.workers=0 does without") from None
+        reason = " ".join(str(error).split())
+        if address is not None:
+            raise ValueError(f"pool.address={address} cannot be joined: {reason}; check it, or remove it") from None
+        raise RuntimeError(f"Ray did not start: {reason}; pool.workers=0 does without") from None
     return stop
+
+
+def _reach(address: str) -> None:
+    """Refuse an address at which nobody answers, for which Ray alone would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"pool.address={address} is not HOST:PORT, as `ray start --head` prints it")
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_LIMIT_S).close()
+    except OSError as error:
+        raise ValueError(f"pool.address={address} cannot be joined: {error}; start the cluster, or remove it") from None
+
+
+class _LateError(BaseException):
+    """Not an Exception, which Ray's own attempts to start would take for one of theirs."""
 
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in a body that takes longer; outside the main thread, which alone gets signals, no limit."""
+    """Raise _LateError in a body that takes longer; outside the main thread, which alone gets signals, no limit."""
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(f"it took more than {seconds:g} s")
+        raise _LateError(f"it took more than {seconds:g} s")
 
     if threading.current_thread() is not threading.main_thread():
         yield

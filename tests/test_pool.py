@@ -12,10 +12,14 @@ import time
 
 import pytest
 import torch
+from test_campaign import SWEEPS, subject
+from test_campaign import images as images  # the fixture
 from test_search import contents, make_search
 from test_search import space as space  # the fixture
 
+from ftnas.campaign import CampaignConfig, run_campaign
 from ftnas.candidates import Candidates, Terms, flatten, unflatten
+from ftnas.faults.hardware import Hardware
 from ftnas.pool import PoolConfig
 from ftnas.rundir import RunDir
 from ftnas.space import Genotype
@@ -216,3 +220,166 @@ def marked(mark):
         except OSError:
             pass
     return found
+
+
+@pytest.mark.parametrize("half_width", [None, 0.2])
+def test_a_campaign_by_workers_equals_one_in_process(half_width, images, ray_started, tmp_path):
+    contents = []
+    for kind, config in CONFIGS.items():
+        with RunDir.create(tmp_path / kind, {}) as folder, open_pool(config, events=folder.events) as pool:
+            run_campaign(
+                [subject("a"), subject("b")],
+                images,
+                config=CampaignConfig(
+                    sweeps=SWEEPS[:1],
+                    devices=22 if half_width else 3,
+                    half_width=half_width,
+                    batch_size=50,
+                ),
+                hardware=Hardware(layers=None),
+                seed=0,
+                folder=folder,
+                pool=pool,
+            )
+        contents.append((tmp_path / kind / "records.jsonl").read_bytes())
+    assert contents[0] == contents[1]
+    assert contents[0].count(b"\n") == 2 * (1 + 2 * (20 if half_width else 3))
+
+
+def fail_on_three():
+    """Return a job that travels by value: workers do not import the tests."""
+
+    def job(task):
+        if task == 3:
+            raise ValueError("three is refused")
+        return 10 * task
+
+    return job
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_results_are_in_order_and_errors_keep_their_type(kind, ray_started):
+    with open_pool(CONFIGS[kind], events=lambda *_, **__: None) as pool:
+        results = list(pool.map(pool.put(fail_on_three()), range(6)))
+    assert [result.value for result in results] == [0, 10, 20, None, 40, 50]
+    assert results[3].reason == "ValueError: three is refused"
+    with pytest.raises(ValueError, match="three is refused"):
+        results[3].get()
+
+
+def test_tasks_are_taken_as_there_is_work(ray_started):
+    taken = []
+
+    def tasks():
+        for number in range(1000):
+            taken.append(number)
+            yield number
+
+    with open_pool(CONFIGS["ray"], events=lambda *_, **__: None) as pool:
+        found = pool.map(pool.put(fail_on_three()), tasks())
+        next(found)
+        assert len(taken) < 100
+        found.close()
+
+
+def test_nothing_listens_beyond_loopback(ray_started):
+    beyond = []
+    ours = {inode for pid in descendants(os.getpid()) for inode in sockets(pid)}
+    for name, loopback in (("tcp", ("0100007F",)), ("tcp6", ("0" * 16 + "FFFF00000100007F", "0" * 24 + "01000000"))):
+        with open(f"/proc/net/{name}") as file:
+            for line in list(file)[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and fields[9] in ours and fields[1].split(":")[0] not in loopback:
+                    beyond.append(line)
+    assert ours and not beyond
+
+
+def descendants(pid):
+    """Return a process and all that it started."""
+    found = [pid]
+    for parent in found:
+        for thread in os.listdir(f"/proc/{parent}/task") if os.path.exists(f"/proc/{parent}/task") else ():
+            try:
+                with open(f"/proc/{parent}/task/{thread}/children") as file:
+                    found += [int(child) for child in file.read().split()]
+            except OSError:
+                pass
+    return found
+
+
+def sockets(pid):
+    found = []
+    try:
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            target = os.readlink(f"/proc/{pid}/fd/{name}")
+            if target.startswith("socket:["):
+                found.append(target[8:-1])
+    except OSError:
+        pass
+    return found
+
+
+def test_a_cluster_that_is_not_there_is_one_line():
+    code = "from ftnas.workers import start_ray; start_ray('127.0.0.1:1', cpus=1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ValueError: pool.address=127.0.0.1:1" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_start_that_takes_too_long_is_one_line():
+    code = "import ftnas.workers as w; w.START_LIMIT_S = 0.5; w.start_ray(None, cpus=1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "RuntimeError: Ray did not start" in done.stderr and "more than 0.5 s" in done.stderr
+
+
+NODES = """
+import os, signal, sys, time
+os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+from ray.cluster_utils import Cluster
+from ftnas.pool import PoolConfig
+from ftnas.workers import open_pool
+def slow(task):
+    time.sleep(0.2)
+    return os.environ.get("RAY_NODE_ID", ""), task * task
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+try:
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    events = []
+    config = PoolConfig(workers=2, address=cluster.address)
+    with open_pool(config, events=lambda kind, **fields: events.append(kind)) as pool:
+        found = []
+        for result in pool.map(pool.put(slow), range(30)):
+            found.append(result.get()[1])
+            if len(found) == 8:
+                cluster.remove_node(nodes[0], allow_graceful=False)
+                cluster.add_node(num_cpus=1)
+    assert found == [n * n for n in range(30)], found
+    assert {"worker_lost", "worker_restarted"} & set(events), events
+finally:
+    cluster.shutdown()
+print("as expected")
+"""
+
+
+def test_a_lost_node_changes_no_result():
+    done = subprocess.run([sys.executable, "-c", NODES], capture_output=True, text=True, check=False, timeout=120)
+    assert "as expected" in done.stdout, done.stderr
+
+
+FULL = """
+import numpy as np
+import ftnas.workers as workers
+from ftnas.pool import PoolConfig
+workers.STORE_BYTES = 80 * 2**20
+def total(task):
+    return int(task.get().sum())
+with workers.open_pool(PoolConfig(workers=1), events=lambda *_, **__: None) as pool:
+    boxes = [pool.put(np.full(30 * 2**20, number, dtype=np.uint8)) for number in range(6)]
+    found = [result.get() for result in pool.map(pool.put(total), boxes)]
+assert found == [number * 30 * 2**20 for number in range(6)], found
+print("as expected")
+"""
+
+
+def test_a_full_object_store_goes_to_disk():
+    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, check=False, timeout=120)
+    assert "as expected" in done.stdout, done.stderr

@@ -177,10 +177,8 @@ def _until_done(attempt: Callable[[], None], job: SearchJob) -> None:
             # a fresh folder: the ranks have written to the same files since
             Folder(job.folder).events("ranks_lost", epochs_done=done, restart=restarts, reason=str(error))
             if restarts > RESTARTS:
-                raise RuntimeError(
-                    f"{job.title}: {error}; given up after {RESTARTS} restarts without a new epoch"
-                ) from None
-            say(f"warning: {job.title}: {error}; all ranks start again after epoch {done}")
+                raise RuntimeError(f"{job.title}: {error}, {restarts} times without a new epoch; given up") from None
+            say(f"warning: {job.title}: {error}; all ranks start again from the last checkpoint")
 
 
 def _epochs_done(job: SearchJob) -> int:

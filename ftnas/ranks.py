@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,10 +40,11 @@ class Ranks:
         """Return, on every rank, what ``make`` returns on rank 0; it is called there alone."""
         if self.size == 1:
             return make()
-        held = [make()] if self.first else [None]
+        held: list[Any] = [make() if self.first else None]
         with _together():
             dist.broadcast_object_list(held, src=0)
-        return held[0]  # type: ignore[return-value]
+        shared: T = held[0]
+        return shared
 
     def total(self, values: Tensor) -> Tensor:
         """Add a tensor up over the ranks, in place, and return it."""

@@ -234,7 +234,7 @@ def test_ray_train_gives_the_same_result_although_a_rank_is_lost(space, pair, tm
     assert [event["kind"] for event in events[:4]] == ["ranks_started", "ranks_lost", "ranks_started", "resumed"]
     assert events[1]["epochs_done"] >= 1 and "was lost" in events[1]["reason"]
     said = capsys.readouterr().err
-    assert "all ranks start again after epoch" in said and "search: derive: 4/4" in said
+    assert "all ranks start again from the last checkpoint" in said and "search: derive: 4/4" in said
     assert f"search: {EPOCHS}/{EPOCHS}" in said
     assert not (job.folder / "ranks").exists()
 

@@ -146,6 +146,7 @@ class ImageSet:
         epoch: int = 0,
         augment: AugmentConfig | None = None,
         drop_last: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over the images once.
 
@@ -158,6 +159,8 @@ class ImageSet:
             epoch: Which pass this is.
             augment: What to do to the images; None for nothing.
             drop_last: Leave a smaller last batch out.
+            share: (index, number): of every ``number`` batches only the one at ``index``, as one of as many ranks
+                needs; batches that do not go round are left out.
 
         Returns:
             An iterator over (images, labels): float32 [B, C, H, W], (pixel / 255 - mean) / std, and int64 [B], on the
@@ -183,6 +186,8 @@ class ImageSet:
         places = torch.arange(self.num_images).split(batch_size)
         if drop_last and len(places[-1]) < batch_size:
             places = places[:-1]
+        index, number = share
+        places = places[: len(places) // number * number][index::number]
         return self._batches(order, places, draws, augment)
 
     def _batches(

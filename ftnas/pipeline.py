@@ -15,10 +15,11 @@ from ftnas.config import SEARCHES, GivenModel, RunConfig
 from ftnas.data import ImageSet, load, stratified_split
 from ftnas.derive import WINNER
 from ftnas.models import ModelConfig, build_spec, call_factory, check_state, count, describe, load_model, save_model
+from ftnas.parallel import SearchJob, check_ranks, search_on_ranks
 from ftnas.protection import run_protection
 from ftnas.rng import seed_for
 from ftnas.rundir import Folder, RunDir
-from ftnas.search import Search, SearchConfig
+from ftnas.search import SearchConfig
 from ftnas.single import run_single_faults
 from ftnas.space import Genotype
 from ftnas.storage import load_checkpoint
@@ -36,7 +37,8 @@ class Pipeline:
         run: The open run folder.
 
     Raises:
-        ValueError: The device is not there, or the dataset is missing or unreadable.
+        ValueError: The device is not there or has no room for the ranks of a search, or the dataset is missing or
+            unreadable.
     """
 
     def __init__(self, config: RunConfig, run: RunDir) -> None:
@@ -45,6 +47,11 @@ class Pipeline:
         self.device = pick_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        for which in SEARCHES:
+            search: SearchConfig | None = getattr(config, which)
+            if search is not None:
+                local = config.pool.address is None
+                check_ranks(search, which=which, device=self.device, threads=config.threads or 1, local=local)
         self._train_images: ImageSet | None = None
         run.events("started", device=str(self.device), threads=torch.get_num_threads(), torch=torch.__version__)
 
@@ -65,19 +72,21 @@ class Pipeline:
         folder = self.run.stage(which)
         if folder.file(WINNER).exists():
             return Genotype.load(folder.file(WINNER))
-        images = self.train_images
-        first, second = stratified_split(images.labels, config.split, seed=seed_for(self.config.seed, "split"))
-        search = Search(
+        job = SearchJob(
             config,
+            data=self.config.data,
             hardware=self.config.hardware,
-            weights_images=images.subset(first),
-            controller_images=images.subset(second),
-            seed=seed_for(self.config.seed, which),
-            folder=folder,
             pool=self.config.pool,
+            seed=seed_for(self.config.seed, which),
+            split_seed=seed_for(self.config.seed, "split"),
+            folder=folder.path.resolve(),
             title=which,
+            device=self.device.type,
+            threads=self.config.threads,
         )
-        return search.run()
+        if config.ranks > 1:
+            return search_on_ranks(job, self.train_images)
+        return job.make(self.train_images, folder).run()
 
     def train(self) -> None:
         """Train every model of the train section for every seed; finished ones are kept."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import IO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -71,6 +72,11 @@ def track(description: str, total: int, *, done: int = 0, after_s: float = 0.0) 
         yield Tracker(description, total, done=done, after_s=after_s, bar=bar)
     finally:
         bar.stop()
+
+
+def redirect(file: IO[str]) -> None:
+    """Send progress, in lines, and warnings to a file from now on."""
+    console.file = file
 
 
 def say(message: str) -> None:

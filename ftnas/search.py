@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from ftnas.models import check_state
 from ftnas.plots import draw_genotype, pixels
 from ftnas.pool import PoolConfig
 from ftnas.progress import say, track
+from ftnas.ranks import Ranks
 from ftnas.rng import generator, isolated, seed_for
 from ftnas.rundir import Folder
 from ftnas.settings import Count, Rate, Settings
@@ -54,6 +56,10 @@ class SearchConfig(Settings):
         alpha_r: Weight of the faulty accuracy in the reward, eq. 12.
         split: Share of the training images for the weights; the rest is for the controller.
         dropout: Rate before the classifier in the shared-weight steps.
+        ranks: Processes that train the shared weights together, through Ray Train. In each step every rank takes a
+            batch and a genotype of its own, and gradients are averaged over the ranks that used a weight: a step sees
+            ``ranks * weights.batch_size`` images, an epoch has that many times fewer steps, and ``weights.lr`` is
+            taken as it is given. It changes the result, unlike ``pool.workers``.
         derive: How the final genotype is chosen.
     """
 
@@ -69,6 +75,7 @@ class SearchConfig(Settings):
     alpha_r: Rate = 0.5
     split: Rate = 0.8
     dropout: Rate = 0.1
+    ranks: Count = 1
     derive: DeriveConfig = DeriveConfig()
 
     @model_validator(mode="after")
@@ -101,6 +108,7 @@ class Search:
         folder: Where its files go.
         pool: Who scores the candidates.
         title: Name on the progress bar.
+        ranks: The place of this process among the ``config.ranks`` that train the shared weights.
 
     Raises:
         ValueError: Faults are weighed that are not there, or a split is smaller than a batch.
@@ -117,6 +125,7 @@ class Search:
         folder: Folder,
         pool: PoolConfig | None = None,
         title: str = "search",
+        ranks: Ranks | None = None,
     ) -> None:
         check_alpha(config.weights.alpha_l, hardware, "search.weights.alpha_l")
         check_alpha(config.alpha_r, hardware, "search.alpha_r")
@@ -129,10 +138,14 @@ class Search:
         self._folder = folder
         self._pool = pool or PoolConfig()
         self._title = title
-        self._num_steps = weights_images.num_images // config.weights.batch_size
+        self._ranks = ranks or Ranks()
+        if self._ranks.size != config.ranks:
+            raise ValueError(f"search.ranks={config.ranks}, and {self._ranks.size} take part; use ftnas.parallel")
+        self._num_steps = weights_images.num_images // (config.weights.batch_size * config.ranks)
         if self._num_steps == 0:
+            times = f" times search.ranks={config.ranks}" if config.ranks > 1 else ""
             raise ValueError(
-                f"search.weights.batch_size={config.weights.batch_size} is above the "
+                f"search.weights.batch_size={config.weights.batch_size}{times} is above the "
                 f"{weights_images.num_images} images of the weights split"
             )
         device = weights_images.device
@@ -159,9 +172,16 @@ class Search:
         with open_pool(self._pool, events=self._folder.events) as pool:
             return self._run(first, Candidates(pool, self.supernet, self.hardware, events=self._folder.events))
 
+    def follow(self) -> None:
+        """Take part, on a rank above 0, in the weight steps of rank 0, which does all the rest in `run`."""
+        for epoch in range(self._restore(), self.config.epochs):
+            self._weights_epoch(epoch)
+            self._scheduler.step()
+
     def _run(self, first: int, candidates: Candidates) -> Genotype:
         board = self._folder.tensorboard(purge_step=first)
-        with track(self._title, self.config.epochs, done=first) as progress:
+        silent = math.inf if self._ranks.size > 1 else 0.0  # the process that started the ranks shows it
+        with track(self._title, self.config.epochs, done=first, after_s=silent) as progress:
             for epoch in range(first, self.config.epochs):
                 record: dict[str, Any] = {"epoch": epoch, **self._weights_epoch(epoch)}
                 if epoch >= self.config.warmup_epochs:
@@ -194,9 +214,9 @@ class Search:
 
     def _weights_epoch(self, epoch: int) -> dict[str, Any]:
         """Train the shared weights for one pass over their split (lines 6-13)."""
-        config = self.config.weights
+        config, ranks = self.config.weights, self._ranks
         images = self._weights_images
-        source = self._uniform if epoch < self.config.warmup_epochs else self.controller
+        genotypes = ranks.share(lambda: self._genotypes(epoch))[ranks.rank :: ranks.size]
         injection = self.hardware.inject(
             self.supernet,
             seed=seed_for(self._seed, "weights"),
@@ -207,18 +227,31 @@ class Search:
         self.supernet.train()
         sums = torch.zeros(3, device=images.device)
         batches = images.batches(
-            config.batch_size, seed=seed_for(self._seed, "weights"), epoch=epoch, augment=config.augment, drop_last=True
+            config.batch_size,
+            seed=seed_for(self._seed, "weights"),
+            epoch=epoch,
+            augment=config.augment,
+            drop_last=True,
+            share=(ranks.rank, ranks.size),
         )
         with injection:
-            for index, (x, y) in enumerate(batches):
-                step = epoch * self._num_steps + index
-                injection.draw = step
-                losses = self._loss(self._forward(source.ask(1)[0], step), injection, x, y)
-                descend(losses.total, self.supernet, self._optimizer, config.grad_clip)
+            for index, ((x, y), genotype) in enumerate(zip(batches, genotypes, strict=True)):
+                # numbers what is trained on, in the order of the images, whichever rank does it
+                number = (epoch * self._num_steps + index) * ranks.size + ranks.rank
+                injection.draw = number
+                losses = self._loss(self._forward(genotype, number), injection, x, y)
+                descend(losses.total, self.supernet, self._optimizer, config.grad_clip, ranks=ranks)
                 sums += torch.stack([losses.total.detach(), losses.clean, losses.faulty])
-        total, clean, faulty = finite_means(sums, self._num_steps, where=f"search epoch {epoch}")
+        means = finite_means(ranks.total(sums), self._num_steps * ranks.size, where=f"search epoch {epoch}")
+        ranks.check_equal(list(self.supernet.parameters()), where=f"search epoch {epoch}")
+        hits = ranks.total(torch.tensor(injection.record.hits, device=images.device)).item()
         lr = float(self._optimizer.param_groups[0]["lr"])
-        return {"lr": lr, "loss": total, "clean_loss": clean, "faulty_loss": faulty, "hits": injection.record.hits}
+        return {"lr": lr, **dict(zip(("loss", "clean_loss", "faulty_loss"), means, strict=True)), "hits": int(hits)}
+
+    def _genotypes(self, epoch: int) -> list[Genotype]:
+        """Return what each batch of a weights epoch trains, in order; the controller does not move within one."""
+        source = self._uniform if epoch < self.config.warmup_epochs else self.controller
+        return [source.ask(1)[0] for _ in range(self._num_steps * self._ranks.size)]
 
     def _forward(self, genotype: Genotype, step: int) -> Any:
         """Return the genotype's path as a function of images; clean and faulty forward share the dropout mask."""
@@ -302,12 +335,7 @@ class Search:
 
     def _restore(self) -> int:
         """Go back to the folder's checkpoint, if any, and return the number of epochs that it holds."""
-        path, state = self._folder.file(CHECKPOINT), None
-        if path.exists():
-            state = self._folder.load(CHECKPOINT, keys=_SAVED)
-            check_state(self.supernet.state_dict(), state["supernet"], where=str(path))
-        for name in (TRIALS, UPDATES, EPOCHS):
-            self._folder.journal(name).truncate(state["offsets"][name] if state else 0)
+        state = self._ranks.share(self._checkpoint)
         if state is None:
             return 0
         self.supernet.load_state_dict(state["supernet"])
@@ -315,5 +343,16 @@ class Search:
         self._scheduler.load_state_dict(state["scheduler"])
         self.controller.load_state_dict(state["controller"])
         self._uniform.load_state_dict(state["uniform"])
-        self._folder.events("resumed", epoch=state["epoch"])
+        if self._ranks.first:
+            self._folder.events("resumed", epoch=state["epoch"])
         return int(state["epoch"])
+
+    def _checkpoint(self) -> Any:
+        """Read the folder's checkpoint, None without one, and cut the journals back to it."""
+        path, state = self._folder.file(CHECKPOINT), None
+        if path.exists():
+            state = self._folder.load(CHECKPOINT, keys=_SAVED)
+            check_state(self.supernet.state_dict(), state["supernet"], where=str(path))
+        for name in (TRIALS, UPDATES, EPOCHS):
+            self._folder.journal(name).truncate(state["offsets"][name] if state else 0)
+        return state

@@ -20,6 +20,7 @@ from ftnas.faults import Injection
 from ftnas.faults.hardware import Hardware
 from ftnas.models import check_state
 from ftnas.progress import track
+from ftnas.ranks import Ranks
 from ftnas.rng import isolated, seed_for
 from ftnas.rundir import Folder
 from ftnas.settings import Count, Positive, Rate, Settings
@@ -268,10 +269,18 @@ def _epoch(
     }
 
 
-def descend(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, grad_clip: float | None) -> None:
-    """Take one optimizer step down a loss; parameters that it does not reach stay untouched."""
+def descend(
+    loss: Tensor,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    grad_clip: float | None,
+    ranks: Ranks | None = None,
+) -> None:
+    """Take one optimizer step down a loss, averaged over ranks; parameters that it does not reach stay untouched."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    if ranks is not None:
+        ranks.average_gradients(list(model.parameters()))
     if grad_clip is not None:
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     optimizer.step()

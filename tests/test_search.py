@@ -223,7 +223,7 @@ def test_a_search_in_which_nothing_can_be_scored_names_no_winner(space, tmp_path
     def broken(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("ftnas.pool.score", broken)
+    monkeypatch.setattr("ftnas.candidates.score", broken)
     with RunDir.create(tmp_path / "run", {}) as run:
         with pytest.raises(RuntimeError, match="no candidate could be scored"):
             make_search(space, run.stage("search"), epochs=2).run()

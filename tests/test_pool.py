@@ -325,6 +325,7 @@ def test_a_cluster_that_is_not_there_is_one_line():
     assert "ValueError: pool.address=127.0.0.1:1" in done.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.slow  # starts a Ray of its own
 def test_a_start_that_takes_too_long_is_one_line():
     code = "import ftnas.workers as w; w.START_LIMIT_S = 0.5; w.start_ray(None, cpus=1)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -360,6 +361,7 @@ print("as expected")
 """
 
 
+@pytest.mark.slow  # starts a Ray of its own
 def test_a_lost_node_changes_no_result():
     done = subprocess.run([sys.executable, "-c", NODES], capture_output=True, text=True, check=False, timeout=120)
     assert "as expected" in done.stdout, done.stderr
@@ -380,6 +382,7 @@ print("as expected")
 """
 
 
+@pytest.mark.slow  # starts a Ray of its own
 def test_a_full_object_store_goes_to_disk():
     done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, check=False, timeout=120)
     assert "as expected" in done.stdout, done.stderr

@@ -216,6 +216,7 @@ def kill_one(folder, token, killed):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_ray_train_gives_the_same_result_although_a_rank_is_lost(space, pair, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FTNAS_TEST_TOKEN", str(tmp_path))
     job = make_job(space, tmp_path / "search")

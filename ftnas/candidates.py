@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +46,7 @@ class Weights:
     Attributes:
         version: Its number.
         seed: Of the stream of fault draws.
-        vector: The weights, as `flatten` writes them; None where the scorer holds the supernet itself.
+        vector: The weights, as `FlatWeights` reads them; None where the scorer holds the supernet itself.
     """
 
     version: int
@@ -68,6 +70,7 @@ class Scorer:
     def __init__(self, supernet: Supernet, hardware: Hardware) -> None:
         self._supernet, self._hardware = supernet, hardware
         self._open: contextlib.ExitStack | None = None
+        self._flat: FlatWeights | None = None  # made by a worker
         self._version = self._number = -1
         self._batches: Batches = ()
 
@@ -103,7 +106,8 @@ class Scorer:
         if weights.version != self._version:
             self.close()
             if weights.vector is not None:
-                unflatten(weights.vector.get(), self._supernet)
+                self._flat = self._flat or FlatWeights(self._supernet)
+                self._flat.write(weights.vector.get())
             self._version = weights.version
         if self._open is None:
             self._supernet.eval()
@@ -137,12 +141,13 @@ class Candidates:
         self._job = pool.put(self._scorer)
         self._version = self._number = 0
         self._weights: Weights | None = None
+        self._flat = FlatWeights(supernet)
 
     @contextlib.contextmanager
     def weights(self, seed: int) -> Iterator[None]:
         """Take the supernet's weights as they are now, and the stream of fault draws, for the calls in the body."""
         self._version += 1
-        vector = None if self._pool.shares_memory else self._pool.put(flatten(self._supernet))
+        vector = None if self._pool.shares_memory else self._pool.put(self._flat.read())
         self._weights = Weights(self._version, seed, vector)
         try:
             yield
@@ -179,21 +184,46 @@ class Candidates:
         return [scores[genotype] for genotype in genotypes]
 
 
-def flatten(module: nn.Module) -> Vector:
-    """Return all parameters and buffers as one vector of bytes, uint8 [bytes], in the order of ``state_dict``."""
-    state = module.state_dict().values()
-    return np.concatenate([value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for value in state])
+class FlatWeights:
+    """All parameters and buffers of a module as one vector of bytes, uint8 [bytes], and back.
 
+    They lie by number format, wide ones first so that each is aligned, in the order of the module. The module is gone
+    through once: for a supernet that takes as long as the copy.
+    """
 
-@torch.no_grad()
-def unflatten(vector: Vector, module: nn.Module) -> None:
-    """Copy such a vector into a module of the same architecture; the vector itself is left alone."""
-    own, start = torch.tensor(vector), 0
-    for value in module.state_dict().values():
-        size = value.numel() * value.element_size()
-        value.copy_(own[start : start + size].clone().view(value.dtype).reshape(value.shape))
-        start += size
-    assert start == len(own)
+    def __init__(self, module: nn.Module) -> None:
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        for value in itertools.chain(module.parameters(), module.buffers()):
+            groups.setdefault(value.dtype, []).append(value)
+        self._groups = sorted(groups.values(), key=lambda group: -group[0].element_size())
+        self._sizes = [sum(value.numel() * value.element_size() for value in group) for group in self._groups]
+        self._vector: Vector | None = None
+
+    def read(self) -> Vector:
+        """Return the values as they are now, in memory that the next call writes to again."""
+        if self._vector is None:
+            self._vector = np.empty(sum(self._sizes), np.uint8)
+        for group, part in self._parts(self._vector):
+            torch.cat([value.detach().cpu().reshape(-1) for value in group], out=part)
+        return self._vector
+
+    @torch.no_grad()
+    def write(self, vector: Vector) -> None:
+        """Copy values of a module of the same architecture into this one; the vector itself is left alone."""
+        for group, part in self._parts(vector):
+            for value, flat in zip(group, part.split([value.numel() for value in group]), strict=True):
+                value.copy_(flat.view(value.shape))
+
+    def _parts(self, vector: Vector) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Yield each group with its part of the vector, as a flat tensor of its format in the same memory."""
+        assert len(vector) == sum(self._sizes), "another architecture"
+        start = 0
+        for group, size in zip(self._groups, self._sizes, strict=True):
+            with warnings.catch_warnings():  # on memory that is not to be written to, which `write` does not
+                warnings.simplefilter("ignore")
+                flat = torch.from_numpy(vector[start : start + size])
+            yield group, flat.view(group[0].dtype)
+            start += size
 
 
 def _tensor(array: Tensor | Vector) -> Tensor:

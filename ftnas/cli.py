@@ -67,8 +67,10 @@ def _config_command(name: str, *, needs: str | None = None) -> Callable[[Callabl
 
     def decorate(body: Callable[[Pipeline], None]) -> click.Command:
         def command(**options: Any) -> None:
+            from ftnas.heap import keep_memory
             from ftnas.pipeline import Pipeline
 
+            keep_memory()
             config, run = _open_run(needs=needs, **options)
             with run:
                 try:

@@ -19,6 +19,7 @@ import torch
 from ftnas.data import DataConfig, ImageSet, load, stratified_split
 from ftnas.derive import WINNER
 from ftnas.faults.hardware import Hardware
+from ftnas.heap import keep_memory
 from ftnas.images import usable_cores
 from ftnas.pool import PoolConfig
 from ftnas.progress import Tracker, redirect, say, track
@@ -254,6 +255,7 @@ def _rank(given: dict[str, Any]) -> None:
     job: SearchJob = pickle.loads(given["job"])
     if Path(given["cwd"]).is_dir():
         os.chdir(given["cwd"])
+    keep_memory()
     torch.set_num_threads(job.num_threads)
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ftnas.heap import keep_memory
 from ftnas.pool import Box, Events, InProcess, Pool, PoolConfig, R, Result, T, attempt
 from ftnas.progress import say
 
@@ -43,6 +44,7 @@ class Worker:
     """What one process of Ray runs: the jobs that it is sent, each pulled once."""
 
     def __init__(self, threads: int) -> None:
+        keep_memory()
         torch.set_num_threads(threads)
         self._threads = threads
         self._number, self._job = -1, None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import platform
+import resource
 import subprocess
 import sys
 
@@ -168,3 +170,22 @@ assert torch.are_deterministic_algorithms_enabled() is False and torch.get_defau
 
 def test_use_of_the_core_seeds_nothing_and_touches_no_gpu():
     subprocess.run([sys.executable, "-c", USE], check=True)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another one")
+def test_memory_that_is_freed_stays_with_the_process():
+    """Page faults of tensors of 16 MB that come and go, with and without."""
+    program = """
+import resource, sys, torch
+from ftnas.heap import keep_memory
+if sys.argv[1] == "keep":
+    assert keep_memory()
+for _ in range(40):
+    torch.empty(2**22).fill_(1.0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+    kept, usual = (
+        int(subprocess.run([sys.executable, "-c", program, way], check=True, capture_output=True, text=True).stdout)
+        for way in ("keep", "usual")
+    )
+    assert usual - kept > 0.7 * 40 * 2**24 / resource.getpagesize()  # of all pages, each of which faults but once

@@ -18,7 +18,7 @@ from test_search import contents, make_search
 from test_search import space as space  # the fixture
 
 from ftnas.campaign import CampaignConfig, run_campaign
-from ftnas.candidates import Candidates, Terms, flatten, unflatten
+from ftnas.candidates import Candidates, FlatWeights, Terms
 from ftnas.faults.hardware import Hardware
 from ftnas.pool import PoolConfig
 from ftnas.rundir import RunDir
@@ -63,16 +63,19 @@ def setting(space, tmp_path):
 
 
 def test_weights_travel_as_one_vector(setting):
-    vector = flatten(setting.supernet)
+    flat = FlatWeights(setting.supernet)
+    vector = flat.read()
     before = vector.copy()
     expected = {name: value.clone() for name, value in setting.supernet.state_dict().items()}
     with torch.no_grad():
         for value in setting.supernet.parameters():
             value.zero_()
-    unflatten(vector, setting.supernet)
+    flat.write(vector)
     for name, value in setting.supernet.state_dict().items():
         assert torch.equal(value, expected[name])
     assert (vector == before).all()
+    setting.supernet.load_state_dict({name: value + 1 for name, value in expected.items()})
+    assert flat.read() is vector and not (vector == before).all()
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

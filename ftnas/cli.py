@@ -81,7 +81,7 @@ def _config_command(name: str, *, needs: str | None = None) -> Callable[[Callabl
 
         command.__doc__ = f"{body.__doc__}\n\n    {EXAMPLES.format(command=name)}"
         command = _run_options(command)
-        if name in ("run", "search", "campaign"):
+        if name in ("run", "search", "train", "campaign"):
             workers = "Processes of Ray that do the work, 0 for none; short for pool.workers=N, with --resume too."
             command = click.option("--workers", type=click.IntRange(min=0), metavar="N", help=workers)(command)
         return cli.command(name)(command)

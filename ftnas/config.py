@@ -20,6 +20,7 @@ from ftnas.settings import Count, Settings, parse
 from ftnas.shipped import find_file, shipped_names
 from ftnas.single import SingleFaultConfig
 from ftnas.train import TrainConfig, check_alpha
+from ftnas.tuning import AshaConfig
 
 FOLDER = "configs"
 VERSION = 1
@@ -36,11 +37,26 @@ class TrainStage(Settings):
         models: Models by name; the first is the one that ``train/model.pt`` holds. ``genotype: search`` and
             ``genotype: control`` mean what this run's searches found.
         seeds: Training seeds; every model is trained once for each.
+        asha: With ``pool.workers``: stop trainings that lag behind. The stops are not reproducible.
     """
 
     recipe: TrainConfig
     models: dict[Name, ModelConfig] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    asha: AshaConfig | None = None
+
+    @model_validator(mode="after")
+    def _comparable(self) -> TrainStage:
+        if self.asha is None:
+            return self
+        if self.recipe.rate_protocol is not None or len(self.seeds) > 1:
+            raise ValueError(
+                "asha stops models that lag behind, which rates and seeds must not decide: it takes one seed and no "
+                "rate_protocol"
+            )
+        if len(self.models) < 2 or self.asha.grace_epochs >= self.recipe.epochs:
+            raise ValueError("asha has no effect on one model, or with grace_epochs as long as the training; remove it")
+        return self
 
     @field_validator("seeds")
     @classmethod
@@ -82,7 +98,7 @@ class RunConfig(Settings):
         seed: Seed of everything random.
         device: ``cpu``, ``cuda`` or ``auto`` (cuda where there is one).
         threads: CPU threads of torch; None leaves torch's own number. Float sums depend on it.
-        pool: Who scores the candidates of a search: this process, or workers of Ray.
+        pool: Who scores candidates, trains and measures: this process, or workers of Ray.
         data: The dataset.
         hardware: Faults and number formats of search and training.
         search: The architecture search.
@@ -119,6 +135,8 @@ class RunConfig(Settings):
                 check_alpha(stage.weights.alpha_l, self.hardware, f"{name}.weights.alpha_l")
                 check_alpha(stage.alpha_r, self.hardware, f"{name}.alpha_r")
         if self.train is not None:
+            if self.train.asha is not None and self.pool.workers == 0:
+                raise ValueError("train.asha works with workers alone, and pool.workers=0; set workers or remove asha")
             check_alpha(self.train.recipe.alpha_l, self.hardware, "train.recipe.alpha_l")
             for name, model in self.train.models.items():
                 if model.genotype in SEARCHES and getattr(self, model.genotype) is None:

@@ -14,8 +14,9 @@ from ftnas.campaign import Subject, run_campaign
 from ftnas.config import SEARCHES, GivenModel, RunConfig
 from ftnas.data import ImageSet, load, stratified_split
 from ftnas.derive import WINNER
-from ftnas.models import ModelConfig, build_spec, call_factory, check_state, count, describe, load_model, save_model
+from ftnas.models import ModelConfig, call_factory, check_state, count, describe, load_model
 from ftnas.parallel import SearchJob, check_ranks, search_on_ranks
+from ftnas.progress import say
 from ftnas.protection import run_protection
 from ftnas.rng import seed_for
 from ftnas.rundir import Folder, RunDir
@@ -23,10 +24,9 @@ from ftnas.search import SearchConfig
 from ftnas.single import run_single_faults
 from ftnas.space import Genotype
 from ftnas.storage import load_checkpoint
-from ftnas.train import clean_accuracy, fit, fit_by_rate_protocol
+from ftnas.trainings import MODEL, STOPPED, Failure, Training, check_failures, train_in_turn
+from ftnas.tuning import train_on_workers
 from ftnas.workers import open_pool
-
-MODEL = "model.pt"
 
 
 class Pipeline:
@@ -89,18 +89,27 @@ class Pipeline:
         return job.make(self.train_images, folder).run()
 
     def train(self) -> None:
-        """Train every model of the train section for every seed; finished ones are kept."""
+        """Train every model of the train section for every seed; finished ones are kept.
+
+        Raises:
+            RuntimeError: Some trainings failed; all the others are done.
+        """
         stage = self.config.train
         if stage is None:
             raise ValueError(f"the config {self.config.name!r} has no train section")
-        for index, (name, model) in enumerate(stage.models.items()):
-            for train_seed in stage.seeds:
-                folder = self._model_folder(name, train_seed)
-                if not folder.file(MODEL).exists():
-                    self._train_one(name, model, train_seed, folder)
-            if index == 0:
-                first = self._model_folder(name, stage.seeds[0]).file(MODEL)
-                _copy(first, self.run.stage("train").file(MODEL))
+        trainings = [self._training(name, seed) for name in stage.models for seed in stage.seeds]
+        failures: list[Failure] = []
+        if not all(training.done for training in trainings):
+            if self.config.pool.workers:
+                failures = train_on_workers(
+                    trainings, self.train_images, pool=self.config.pool, asha=stage.asha, folder=self.run.stage("train")
+                )
+            else:
+                failures = train_in_turn(trainings, self.train_images)
+        first = trainings[0].folder / MODEL
+        if first.exists():
+            _copy(first, self.run.stage("train").file(MODEL))
+        check_failures(failures, len(trainings), folder=self.run.path)
 
     def campaign(self) -> None:
         """Measure every trained model on the test set; this is the only stage that reads it."""
@@ -148,57 +157,37 @@ class Pipeline:
             raise ValueError(f"train.models.{name} needs {path}; run `ftnas search --resume {self.run.path}` first")
         return model.model_copy(update={"genotype": str(path)})
 
-    def _train_one(self, name: str, model: ModelConfig, train_seed: int, folder: Folder) -> None:
-        assert self.config.train is not None
-        recipe, hardware, images = self.config.train.recipe, self.config.hardware, self.train_images
-        seed = seed_for(self.config.seed, "train", train_seed)
-        spec = describe(
-            self._resolved(name, model),
-            num_classes=len(images.classes),
-            in_channels=images.shape[0],
-            image_size=min(images.shape[1:]),
+    def _training(self, name: str, train_seed: int) -> Training:
+        config, stage, images = self.config, self.config.train, self.train_images
+        assert stage is not None
+        return Training(
+            name=name,
+            spec=describe(
+                self._resolved(name, stage.models[name]),
+                num_classes=len(images.classes),
+                in_channels=images.shape[0],
+                image_size=min(images.shape[1:]),
+            ),
+            recipe=stage.recipe,
+            hardware=config.hardware,
+            data=config.data,
+            train_seed=train_seed,
+            seed=seed_for(config.seed, "train", train_seed),
+            holdout_seed=seed_for(config.seed, "holdout"),
+            folder=self._model_folder(name, train_seed).path.resolve(),
+            title=f"train {name}" if len(stage.seeds) == 1 else f"train {name}, seed {train_seed}",
         )
-        if recipe.alpha_l == 0.0:
-            hardware = hardware.without_faults()
-
-        def build() -> nn.Module:
-            return build_spec(spec, seed=seed, allow_factory=True).to(self.device)
-
-        title = f"train {name}" if len(self.config.train.seeds) == 1 else f"train {name}, seed {train_seed}"
-        if recipe.rate_protocol is None:
-            network = build()
-            fit(network, images, config=recipe, hardware=hardware, seed=seed, folder=folder, title=title)
-        else:
-            held, rest = stratified_split(images.labels, recipe.holdout, seed=seed_for(self.config.seed, "holdout"))
-            network, hardware = fit_by_rate_protocol(
-                build,
-                images,
-                config=recipe,
-                hardware=hardware,
-                split=(rest, held),
-                seed=seed,
-                folder=folder,
-                title=title,
-            )
-        metadata = {
-            "name": name,
-            "train_seed": train_seed,
-            "training": hardware.label(),
-            "classes": list(images.classes),
-            "shape": list(images.shape),
-            "mean": [float(value) for value in images.mean],
-            "std": [float(value) for value in images.std],
-            "dataset_digest": images.digest,
-            "train_accuracy": clean_accuracy(network, images, hardware=hardware, batch_size=recipe.batch_size),
-        }
-        save_model(folder.file(MODEL), network, spec, metadata)
 
     def _subjects(self) -> Iterable[Subject]:
         images = self.train_images
         stage = self.config.train
         for name in stage.models if stage is not None else ():
             for train_seed in stage.seeds if stage is not None else ():
-                path = self._model_folder(name, train_seed).file(MODEL)
+                folder = self._model_folder(name, train_seed)
+                path = folder.file(MODEL)
+                if folder.file(STOPPED).exists():
+                    say(f"note: {name}, seed {train_seed}, was stopped early in its training and is left out")
+                    continue
                 if not path.exists():
                     raise ValueError(f"{path} is missing; run `ftnas train --resume {self.run.path}` first")
                 yield self._subject(name, path, allow_factory=True, train_seed=train_seed)

@@ -28,6 +28,8 @@ from ftnas.settings import Count, Positive, Rate, Settings
 CHECKPOINT = "checkpoint.pt"
 HISTORY = "epochs.jsonl"
 
+EpochDone = Callable[[dict[str, Any]], None]
+
 
 class StepSchedule(Settings):
     """The learning rate times ``decay`` at each milestone (epochs done)."""
@@ -164,6 +166,7 @@ def fit(
     seed: int,
     folder: Folder,
     title: str = "train",
+    epoch_done: EpochDone = lambda _: None,
 ) -> list[dict[str, float]]:
     """Train a model in place on faulty hardware, going on from the folder's checkpoint if there is one.
 
@@ -177,6 +180,7 @@ def fit(
         seed: Of the order of images, their augmentation and the faults.
         folder: Where the checkpoint and the history go.
         title: Name on the progress bar.
+        epoch_done: Called with the record of each epoch, once its checkpoint is written.
 
     Returns:
         One record per epoch.
@@ -208,6 +212,7 @@ def fit(
             }
             folder.save(CHECKPOINT, state)
             progress.advance(f"loss {record['loss']:.3f}")
+            epoch_done(record)
     return [dict(record) for record in history.records()]
 
 
@@ -315,6 +320,11 @@ def clean_accuracy(model: nn.Module, images: ImageSet, *, hardware: Hardware, ba
         model.train(training)
 
 
+def rate_folder(rate: float) -> str:
+    """Return the name of the folder in which a rate of the rate protocol trains."""
+    return f"rate-{rate:g}"
+
+
 def fit_by_rate_protocol(
     build: Callable[[], nn.Module],
     images: ImageSet,
@@ -325,6 +335,7 @@ def fit_by_rate_protocol(
     seed: int,
     folder: Folder,
     title: str = "train",
+    epoch_done: EpochDone = lambda _: None,
 ) -> tuple[nn.Module, Hardware]:
     """Train at falling rates until the clean accuracy on held-out images is above the threshold (Table 4).
 
@@ -337,6 +348,7 @@ def fit_by_rate_protocol(
         seed: As in `fit`.
         folder: Each rate trains in a sub-folder of its own.
         title: Name on the progress bar.
+        epoch_done: As in `fit`.
 
     Returns:
         The network and the hardware at the rate that was kept: the largest that passed, or the smallest when none did
@@ -347,8 +359,16 @@ def fit_by_rate_protocol(
     for rate in rates:
         at_rate = hardware.with_rate(rate)
         model = build()
-        stage = folder.stage(f"rate-{rate:g}")
-        fit(model, train_images, config=config, hardware=at_rate, seed=seed, folder=stage, title=f"{title} at {rate:g}")
+        fit(
+            model,
+            train_images,
+            config=config,
+            hardware=at_rate,
+            seed=seed,
+            folder=folder.stage(rate_folder(rate)),
+            title=f"{title} at {rate:g}",
+            epoch_done=epoch_done,
+        )
         accuracy = clean_accuracy(model, held_out, hardware=hardware, batch_size=config.batch_size)
         passed = accuracy > config.rate_threshold
         folder.events("rate_protocol", rate=rate, clean_accuracy=accuracy, passed=passed)

@@ -1,0 +1,183 @@
+"""One final training: everything it is made of, as values, so that any process can do it or go on with it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ftnas.data import DataConfig, ImageSet, stratified_split
+from ftnas.faults.hardware import Hardware
+from ftnas.models import build_spec, save_model
+from ftnas.progress import say
+from ftnas.rundir import Folder
+from ftnas.train import TrainConfig, clean_accuracy, fit, fit_by_rate_protocol, rate_folder
+
+MODEL = "model.pt"
+STOPPED = "stopped.json"
+"""What a training leaves that a scheduler has stopped for good."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a training came to no end: its key, one line, and where the error comes from."""
+
+    key: str
+    reason: str
+    trace: str = ""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One model from one seed.
+
+    Attributes:
+        name: Of the model.
+        spec: What the network is, as `models.describe` gives it.
+        recipe: How it is trained.
+        hardware: What it is trained for.
+        data: Where the images come from.
+        train_seed: Of ``train.seeds``.
+        seed: Of everything random in it.
+        holdout_seed: Of the split for the rate protocol.
+        folder: Absolute path of its folder.
+        title: Name on the progress bar.
+        rate: Of the rate protocol, the one that is trained ahead; None does the whole training.
+    """
+
+    name: str
+    spec: dict[str, Any]
+    recipe: TrainConfig
+    hardware: Hardware
+    data: DataConfig
+    train_seed: int
+    seed: int
+    holdout_seed: int
+    folder: Path
+    title: str
+    rate: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of the training within the run."""
+        ahead = "" if self.rate is None else f"/{rate_folder(self.rate)}"
+        return f"{self.name}/seed-{self.train_seed}{ahead}"
+
+    @property
+    def done(self) -> bool:
+        """Whether its model is written, or it was stopped for good."""
+        return (self.folder / MODEL).exists() or (self.folder / STOPPED).exists()
+
+    @property
+    def parts(self) -> Sequence[Training]:
+        """The trainings that can go on side by side: one for each rate of the rate protocol."""
+        rates = self.recipe.rate_protocol
+        return [self] if rates is None else [replace(self, rate=rate) for rate in rates]
+
+    def run(self, images: ImageSet, *, epoch_done: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
+        """Train, or go on, and write ``model.pt``; a single rate leaves its checkpoint for the whole training.
+
+        Args:
+            images: The training images, on the device.
+            epoch_done: Called with the record of each epoch.
+
+        Raises:
+            ValueError: A user's mistake.
+            RuntimeError: The loss became NaN or infinite.
+        """
+        folder = Folder(self.folder)
+        try:
+            network, hardware = self._fit(images, folder, epoch_done)
+            if self.rate is None:
+                save_model(folder.file(MODEL), network, self.spec, self._metadata(network, hardware, images))
+        finally:
+            folder.close()
+
+    def _fit(
+        self, images: ImageSet, folder: Folder, epoch_done: Callable[[dict[str, Any]], None]
+    ) -> tuple[nn.Module, Hardware]:
+        recipe = self.recipe
+        hardware = self.hardware.without_faults() if recipe.alpha_l == 0.0 else self.hardware
+
+        def build() -> nn.Module:
+            return build_spec(self.spec, seed=self.seed, allow_factory=True).to(images.device)
+
+        common: dict[str, Any] = {"config": recipe, "seed": self.seed, "title": self.title, "epoch_done": epoch_done}
+        if recipe.rate_protocol is None:
+            network = build()
+            fit(network, images, hardware=hardware, folder=folder, **common)
+            return network, hardware
+        held, rest = stratified_split(images.labels, recipe.holdout, seed=self.holdout_seed)
+        if self.rate is None:
+            return fit_by_rate_protocol(build, images, hardware=hardware, folder=folder, split=(rest, held), **common)
+        network, hardware = build(), hardware.with_rate(self.rate)
+        fit(network, images.subset(rest), hardware=hardware, folder=folder.stage(rate_folder(self.rate)), **common)
+        return network, hardware
+
+    def _metadata(self, network: nn.Module, hardware: Hardware, images: ImageSet) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "train_seed": self.train_seed,
+            "training": hardware.label(),
+            "classes": list(images.classes),
+            "shape": list(images.shape),
+            "mean": [float(value) for value in images.mean],
+            "std": [float(value) for value in images.std],
+            "dataset_digest": images.digest,
+            "train_accuracy": clean_accuracy(network, images, hardware=hardware, batch_size=self.recipe.batch_size),
+        }
+
+
+def train_in_turn(trainings: Iterable[Training], images: ImageSet) -> list[Failure]:
+    """Do one training after the other in this process; one that fails is recorded, and the others go on.
+
+    Args:
+        trainings: What to do; those done already are left as they are.
+        images: The training images, on the device.
+
+    Raises:
+        ValueError: A user's mistake, at once.
+    """
+    failures = []
+    for training in trainings:
+        if training.done:
+            continue
+        try:
+            training.run(images)
+        except ValueError:
+            raise
+        except Exception as error:
+            failures.append(Failure(training.key, one_line(error), traceback.format_exc()))
+            note(training, failures[-1])
+    return failures
+
+
+def one_line(error: BaseException) -> str:
+    """Return kind and message of an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def note(training: Training, failure: Failure) -> None:
+    """Say that a training failed, and write it to the events of its folder."""
+    say(f"warning: {training.title} failed: {failure.reason}")
+    Folder(training.folder).events("training_failed", reason=failure.reason, traceback=failure.trace)
+
+
+def check_failures(failures: Sequence[Failure], num: int, *, folder: Path) -> None:
+    """Raise RuntimeError, in one line, where trainings failed.
+
+    Args:
+        failures: What failed.
+        num: Of how many trainings.
+        folder: Of the run.
+    """
+    if failures:
+        names = ", ".join(failure.key for failure in failures)
+        raise RuntimeError(
+            f"{len(failures)} of {num} trainings failed ({names}), the last with {failures[-1].reason}; the others are "
+            f"done; events.jsonl in each folder has the reason, and --resume {folder} tries them again"
+        )

@@ -10,7 +10,8 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,7 +121,7 @@ class _Work:
                     raise ValueError("data: a worker reads other training images than the process that started it")
                 if torch.cuda.is_available() and tune.get_context().get_trial_resources().required_resources.get("GPU"):
                     images = images.to(torch.device("cuda"))
-                training.run(images, epoch_done=lambda record: tune.report(_metrics(record)))
+                training.run(images, epoch_done=partial(_report, tune.report, training.recipe.epochs))
         except Exception as error:
             mistake = isinstance(error, ValueError)
             tune.report(
@@ -129,8 +130,10 @@ class _Work:
             )
 
 
-def _metrics(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {"epoch": record["epoch"] + 1, "loss": record["loss"]}
+def _report(report: Callable[[dict[str, Any]], None], epochs: int, record: Mapping[str, Any]) -> None:
+    """Tell a scheduler of an epoch; not of the last one, when it is too late to stop."""
+    if record["epoch"] + 1 < epochs:
+        report({"epoch": record["epoch"] + 1, "loss": record["loss"]})
 
 
 @contextlib.contextmanager

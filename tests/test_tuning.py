@@ -162,7 +162,7 @@ def test_a_killed_driver_goes_on_with_its_trials(setting):
 
 @pytest.mark.slow
 def test_asha_stops_what_lags_behind(setting, capsys):
-    """With one worker the order is known: of four equal nets in turn, the first to come is not worse than itself."""
+    """With one worker the order is known, and the second has a loss that does not fall."""
     path = config(
         setting / "asha.json", "good", "lagging", asha={"grace_epochs": 2, "reduction": 2}, recipe={"epochs": 8}
     )

@@ -12,7 +12,7 @@ import socket
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -125,6 +125,7 @@ class RayPool(Pool):
         flying: dict[Any, _Call] = {}
         found: dict[int, Result[R]] = {}
         again: deque[_Call] = deque()
+        busy = [0] * len(self._actors)
         due, more = 0, True
         try:
             while more or again or flying or found:
@@ -133,11 +134,14 @@ class RayPool(Pool):
                     if call is None:
                         more = False
                         break
-                    call.place, call.actor = self._least_busy(flying)
+                    call.place = min(range(len(busy)), key=busy.__getitem__)
+                    call.actor = self._actors[call.place]
+                    busy[call.place] += 1
                     flying[call.actor.call.remote(number, job, call.task)] = call
                 if due not in found and flying:
                     ready, _ = ray.wait(list(flying), num_returns=1)
                     call = flying.pop(ready[0])
+                    busy[call.place] -= 1
                     result = self._result(ready[0], call)
                     if result is None:
                         again.append(call)
@@ -154,11 +158,6 @@ class RayPool(Pool):
         for number, task in source:
             return _Call(number, task, -1, None)
         return None
-
-    def _least_busy(self, flying: Mapping[Any, _Call]) -> tuple[int, Any]:
-        busy = [sum(call.place == place for call in flying.values()) for place in range(len(self._actors))]
-        place = min(range(len(busy)), key=busy.__getitem__)
-        return place, self._actors[place]
 
     def _result(self, reference: Any, call: _Call) -> Result[Any] | None:
         """Return what came of a call; None when it is to be made again, since its worker died."""

@@ -6,6 +6,7 @@ variants take turns in every round; figures are wall-clock medians over the roun
 - efficiency: time of the one process over (workers x time of the workers);
 - efficiency without Ray: the same of two plain processes, each with half of the candidates; what the cores can give;
 - overhead: what one worker takes longer per candidate than the process, also as a share of the evaluation;
+- dispatch: a task that does nothing, on two workers;
 - broadcast: the weights of the paper's supernet from the driver's model into a worker's, in parts.
 
     python scripts/bench_pool.py --json pool.json
@@ -175,6 +176,21 @@ def broadcast(pool: Pool, options: argparse.Namespace) -> dict[str, float]:
     return size | {f"{name}_ms": 1e3 * value for name, value in zip(names, medians, strict=True)}
 
 
+def dispatch(pool: Pool, num: int = 1000) -> float:
+    """Return the milliseconds of a task that does nothing, the driver's part and Ray's included."""
+    job = pool.put(nothing)
+    for size in (10, num):
+        start = time.perf_counter()
+        for _ in pool.map(job, range(size)):
+            pass
+    return 1e3 * (time.perf_counter() - start) / num
+
+
+def nothing(task: int) -> int:
+    """Do nothing."""
+    return task
+
+
 def summary(times: dict[str, list[float]], candidates: int) -> dict[str, Any]:
     """Return efficiency and overhead from the rounds' medians."""
     names = ("process", "1 worker", "2 workers", "2 processes")
@@ -208,6 +224,7 @@ def main() -> None:
         pools |= {name: RayPool(PoolConfig(workers=number), events=silent) for name, number in workers.items()}
         times = scoring(pools, options)
         result = summary(times, options.candidates) | {"broadcast": broadcast(pools["1 worker"], options)}
+        result["dispatch_ms"] = dispatch(pools["2 workers"])
         for pool in pools.values():
             pool.close()
     finally:

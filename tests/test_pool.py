@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from test_campaign import SWEEPS, subject
 from test_campaign import images as images  # the fixture
 from test_search import contents, make_search
@@ -389,3 +390,17 @@ print("as expected")
 def test_a_full_object_store_goes_to_disk():
     done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, check=False, timeout=120)
     assert "as expected" in done.stdout, done.stderr
+
+
+def test_the_cluster_file_of_the_docs_is_one_for_rays_launcher():
+    """By Ray's own schema, and every option of `ray start` in it by Ray's own command line."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+    from ray.scripts.scripts import start
+
+    path = Path(__file__).parents[1] / "docs" / "cluster.yaml"
+    config = prepare_config(yaml.safe_load(path.read_text()))
+    validate_config(config)
+    options = {name for parameter in start.params for name in parameter.opts + parameter.secondary_opts}
+    commands = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
+    used = [word.partition("=")[0] for command in commands for word in command.split() if word.startswith("--")]
+    assert len(used) == 5 and set(used) <= options

@@ -6,6 +6,7 @@ Everything beyond click is imported inside the commands, so that ``ftnas --help`
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -108,7 +109,9 @@ def _open_run(
         if config is not None or overrides or out or overwrite or device is not None or seed is not None:
             raise ValueError("--resume goes on with the run as it was configured; give it alone, or start a new run")
         run = RunDir.open(resume)
-        return with_workers(config_from(run.config), workers), run
+        started = (event for event in run.journal("events.jsonl").records() if event["kind"] == "started")
+        threads = next((event["threads"] for event in started), None)
+        return with_workers(config_from(run.config), workers, threads=threads), run
     if config is None:
         raise ValueError("give a config (ftnas configs lists those that ship), or --resume RUN")
     given = {"device": device, "seed": seed, "pool.workers": workers}
@@ -191,6 +194,7 @@ def configs_command() -> None:
 
 def main() -> None:
     """Run the command line; a ValueError is a user's mistake: one line and exit code 2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is open is closed
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:

@@ -197,14 +197,24 @@ def config_from(data: Mapping[str, Any]) -> RunConfig:
     return parse(RunConfig, data)
 
 
-def with_workers(config: RunConfig, workers: int | None) -> RunConfig:
+def with_workers(config: RunConfig, workers: int | None, *, threads: int | None) -> RunConfig:
     """Return a recorded config with another number of workers, which changes the time of a run and not its result.
 
-    Threads per candidate stay as they are recorded: float sums depend on them.
+    Threads per task stay as they were: float sums depend on them.
+
+    Args:
+        config: As it was recorded.
+        workers: How many; None leaves the config as it is.
+        threads: That the run has used so far, where ``pool.threads`` does not say it; None for a fresh run.
+
+    Raises:
+        ValueError: A setting has no effect without workers.
     """
     if workers is None:
         return config
-    return config.model_copy(update={"pool": config.pool.model_copy(update={"workers": workers})})
+    address = config.pool.address if workers else None
+    pool = {"workers": workers, "threads": config.pool.threads or threads, "address": address}
+    return config_from({**config.model_dump(mode="json"), "pool": pool})
 
 
 def _override(data: dict[str, Any], override: str) -> None:

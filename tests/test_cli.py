@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from ftnas import cli
-from ftnas.config import config_names, read_config
+from ftnas import cli, pipeline
+from ftnas.config import config_names, read_config, with_workers
 from ftnas.models import ModelConfig, build, describe, save_model
 
 TRAIN = [
@@ -272,3 +272,19 @@ def test_nan_in_the_users_weights_is_refused(tmp_path, monkeypatch, capsys):
     campaign = ["campaign", "quickstart", "search=null", "control=null", "train=null", given]
     assert ftnas(*campaign, "--out", tmp_path / "run") == 2
     assert "own.pt: '1.weight' holds NaN" in capsys.readouterr().err
+
+
+def test_workers_go_on_with_the_threads_that_a_run_began_with(finished, capsys):
+    """Float sums depend on them, and ``--resume`` takes no other settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        used = []
+        patch.setattr(pipeline.Pipeline, "stages", lambda self: used.append(self.config.pool) or [])
+        patch.setattr(cli, "_report", lambda run: None)
+        assert ftnas("run", "--resume", finished, "--workers", 2) == 0
+    assert (used[0].workers, used[0].threads) == (2, 1)
+    config = read_config("quickstart", ["threads=null"])
+    assert with_workers(config, 3, threads=2).pool.threads == 2  # the run's own
+    assert with_workers(config, 3, threads=None).pool.threads == 1
+    assert with_workers(read_config("quickstart", ["pool.threads=4"]), 3, threads=2).pool.threads == 4
+    joined = read_config("quickstart", ["pool.workers=2", "pool.address='10.0.0.1:6379'"])
+    assert with_workers(joined, 0, threads=1).pool.address is None

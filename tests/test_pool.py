@@ -404,4 +404,4 @@ def test_the_cluster_file_of_the_docs_is_one_for_rays_launcher():
     options = {name for parameter in start.params for name in parameter.opts + parameter.secondary_opts}
     commands = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
     used = [word.partition("=")[0] for command in commands for word in command.split() if word.startswith("--")]
-    assert len(used) == 5 and set(used) <= options
+    assert len(used) == 6 and set(used) <= options

@@ -90,15 +90,22 @@ def score(
         alpha_r: Weight of the faulty accuracy, in [0, 1].
         draws: Fault draws per batch, averaged.
         first_draw: Number of the first draw.
+
+    Raises:
+        RuntimeError: An answer is NaN or infinite although no fault is there; under faults it counts as wrong.
     """
     injection.draw = first_draw
     clean, faulty, images_seen = [], [], 0
     for images, labels in batches:
         images_seen += len(labels)
         with injection.paused():
-            clean.append(_num_correct(forward(images), labels))
+            said = top1(forward(images))
+        clean.append(torch.stack([(said == labels).sum(), (said == NONFINITE).sum()]))
         faulty += [_num_correct(forward(images), labels) for _ in range(draws if alpha_r > 0 else 0)]
-    accuracy_clean = float(torch.stack(clean).sum()) / images_seen
+    right, lost = torch.stack(clean).sum(dim=0).tolist()
+    if lost:
+        raise RuntimeError(f"without faults, {lost} of {images_seen} answers are NaN or infinite")
+    accuracy_clean = right / images_seen
     accuracy_faulty = float(torch.stack(faulty).sum()) / (images_seen * draws) if faulty else 0.0
     reward = (1.0 - alpha_r) * accuracy_clean + alpha_r * accuracy_faulty
     return Score(clean=accuracy_clean, faulty=accuracy_faulty, reward=reward)

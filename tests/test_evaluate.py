@@ -60,3 +60,16 @@ def test_outputs_that_are_not_finite_are_wrong():
     found = answers(Broken(), [(torch.ones(4), labels), (torch.ones(2), labels[:2])])
     assert found.top1.tolist() == [NONFINITE] * 6
     assert found.nonfinite.all() and not found.correct.any()
+
+
+def test_a_candidate_without_a_number_for_an_answer_is_no_score():
+    model, batches = net_and_batches()
+
+    def forward(images):
+        logits = model(images).clone()
+        logits[3, 1] = float("nan") if images is batches[1][0] else 0.0
+        return logits
+
+    with HARDWARE.without_faults().inject(model, seed=1) as injection:
+        with pytest.raises(RuntimeError, match="without faults, 1 of 40 answers are NaN or infinite"):
+            score(forward, injection, batches, alpha_r=0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -18,6 +18,8 @@ from torch import Tensor
 from ftnas.settings import Settings
 
 SMALLEST_RANGE = 1e-5
+_LARGEST = 2.0**127
+"""Values from here on have a range that float32 cannot hold."""
 
 
 class Bounded(Settings):
@@ -54,6 +56,20 @@ class Grid:
         return self.lsb * self.hi
 
 
+class Rounded(NamedTuple):
+    """A tensor that was rounded to its grid.
+
+    Attributes:
+        values: On the grid, float32 or float64, the shape of the tensor.
+        inside: Where no value was clamped, bool of the same shape; None where none was, or when not asked for.
+        grid: The grid.
+    """
+
+    values: Tensor
+    inside: Tensor | None
+    grid: Grid
+
+
 class FixedPoint(Settings):
     """A fixed-point format for one kind of tensor.
 
@@ -73,17 +89,47 @@ class FixedPoint(Settings):
 
         A tensor with a NaN or an infinity gets a NaN step, so that it stays visible after quantization.
         """
+        return self._grid(self._lsb(x))
+
+    def round(self, x: Tensor, *, need_inside: bool, in_place: bool = False) -> Rounded:
+        """Round a float tensor of any shape to its own grid, in as few passes over it as there can be.
+
+        On a CPU the extremes of the tensor tell whether any value is clamped at all. Where none is, which with a free
+        range is the rule, no value is clamped and no mask made. Elsewhere nothing waits for the device.
+
+        Args:
+            x: Any float dtype.
+            need_inside: Whether the mask of unclamped values is asked for.
+            in_place: Write to ``x`` itself where its dtype is float32 or float64.
+        """
+        x = x.detach()
+        values = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        out = values if in_place or values is not x else None
+        limits = _extremes(x)
+        if limits is None:
+            grid = self.grid(x)
+            return Rounded(*round_to_grid(values, grid, need_inside=need_inside, out=out), grid)
+        low, high = limits
+        lsb = self._given_lsb() or _lsb_for(max(-low, high), self.bits)
+        grid = self._grid(torch.tensor(lsb, device=x.device))
+        if grid.lo <= round(low / lsb) and round(high / lsb) <= grid.hi:
+            return Rounded(torch.mul(values, 1.0 / lsb, out=out).round_().mul_(lsb), None, grid)
+        return Rounded(*round_to_grid(values, grid, need_inside=need_inside, out=out), grid)
+
+    def _grid(self, lsb: Tensor) -> Grid:
         hi = 2 ** (self.bits - 1) - 1
-        lo = -hi - 1 if self.encoding == "twos_complement" else -hi
-        return Grid(lsb=self._lsb(x), bits=self.bits, lo=lo, hi=hi)
+        return Grid(lsb=lsb, bits=self.bits, lo=-hi - 1 if self.encoding == "twos_complement" else -hi, hi=hi)
+
+    def _given_lsb(self) -> float | None:
+        if isinstance(self.range, Frozen):
+            return 2.0**-self.range.fraction_length
+        return None if self.range is None else _lsb_for(self.range.bound, self.bits)
 
     def _lsb(self, x: Tensor) -> Tensor:
-        if isinstance(self.range, Frozen):
-            return torch.full((), 2.0**-self.range.fraction_length, dtype=torch.float32, device=x.device)
-        if isinstance(self.range, Bounded) or x.numel() == 0:
-            fraction, exponent = math.frexp(self.range.bound if isinstance(self.range, Bounded) else SMALLEST_RANGE)
-            lsb = 2.0 ** (exponent - (fraction == 0.5) + 1 - self.bits)
-            return torch.full((), lsb, dtype=torch.float32, device=x.device)
+        given = _lsb_for(SMALLEST_RANGE, self.bits) if x.numel() == 0 else None
+        given = self._given_lsb() or given
+        if given is not None:
+            return torch.full((), given, dtype=torch.float32, device=x.device)
         low, high = torch.aminmax(x.detach())
         largest = torch.maximum(-low, high)
         largest = (largest if x.dtype == torch.float64 else largest.float()).clamp_min(SMALLEST_RANGE)
@@ -100,8 +146,7 @@ class FixedPoint(Settings):
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the integers of a finite float tensor, int32, same shape."""
-        grid = self.grid(x)
-        values, _ = round_to_grid(x, grid, need_inside=False)
+        values, _, grid = self.round(x, need_inside=False)
         return (values / grid.lsb).to(torch.int32)
 
     def decode(self, integers: Tensor, fraction_length: int) -> Tensor:
@@ -113,7 +158,7 @@ class FixedPoint(Settings):
 
         The gradient is 1 where the rounded integer lies in [lo, hi] before clamping, else 0 (straight-through).
         """
-        return straight_through(x, lambda values, need: _rounded(values, self.grid(values), need))
+        return straight_through(x, lambda values, need: (*self.round(values, need_inside=need)[:2], None))
 
 
 class FloatFormat(Settings):
@@ -152,20 +197,37 @@ class Quantization(Settings):
         raise ValueError(f"quantization must be a FixedPoint(bits=8), a Quantization or None, got {value!r}")
 
 
-def round_to_grid(x: Tensor, grid: Grid, *, need_inside: bool) -> tuple[Tensor, Tensor | None]:
-    """Return a fresh float32 (or float64) tensor on the grid, and the mask of unclamped values if needed."""
-    values = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    integers = (values * grid.lsb.reciprocal()).round_()
+def round_to_grid(
+    x: Tensor, grid: Grid, *, need_inside: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return a float32 (or float64) tensor on the grid, and the mask of unclamped values if needed.
+
+    Args:
+        x: float32 or float64, any shape.
+        grid: What to round to.
+        need_inside: Whether the mask is asked for.
+        out: Where to write, ``x`` itself or a fresh tensor; None makes one.
+    """
+    integers = torch.mul(x, grid.lsb.reciprocal(), out=out).round_()
     if not need_inside:
         return integers.clamp_(grid.lo, grid.hi).mul_(grid.lsb), None
     clamped = integers.clamp(grid.lo, grid.hi)
     inside = clamped == integers
-    return clamped.mul_(grid.lsb), inside
+    return torch.mul(clamped, grid.lsb, out=integers), inside
 
 
-def _rounded(x: Tensor, grid: Grid, need_inside: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    values, inside = round_to_grid(x, grid, need_inside=need_inside)
-    return values, inside, None
+def _lsb_for(largest: float, bits: int) -> float:
+    """Return the step for a largest magnitude, an exact power of two."""
+    fraction, exponent = math.frexp(max(largest, SMALLEST_RANGE))
+    return 2.0 ** (exponent - (fraction == 0.5) + 1 - bits)
+
+
+def _extremes(x: Tensor) -> tuple[float, float] | None:
+    """Return the smallest and the largest value where reading them waits for nothing; None if not, or not finite."""
+    if x.device.type != "cpu" or x.numel() == 0:
+        return None
+    low, high = (float(value) for value in torch.aminmax(x.detach()))
+    return (low, high) if -_LARGEST < low and high < _LARGEST else None
 
 
 def straight_through(x: Tensor, transform: Any) -> Tensor:
@@ -173,8 +235,9 @@ def straight_through(x: Tensor, transform: Any) -> Tensor:
 
     Args:
         x: Float tensor of any shape.
-        transform: Function of (values, need_mask) that returns a fresh tensor, a bool mask of the same shape where
-            gradients pass (or None: everywhere), and a bool mask where none passes (or None).
+        transform: Function of (values, need_mask) that returns a fresh tensor, or ``values`` themselves if it wrote to
+            them, a bool mask of the same shape where gradients pass (or None: everywhere), and a bool mask where none
+            passes (or None).
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return transform(x.detach(), False)[0].to(x.dtype)
@@ -186,6 +249,9 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, transform: Any) -> Tensor:
         values, inside, blocked = transform(x.detach(), True)
         ctx.save_for_backward(inside, blocked)
+        if values.data_ptr() == x.data_ptr() and x.numel():
+            ctx.mark_dirty(x)
+            return x
         return values.to(x.dtype)
 
     @staticmethod

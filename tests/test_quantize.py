@@ -190,7 +190,8 @@ class _NoReadBack(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("limits", [None, Bounded(bound=2.0), Frozen(fraction_length=4)])
-def test_no_number_is_read_back_from_the_device(limits):
+def test_no_number_is_read_back_from_the_device(limits, monkeypatch):
+    monkeypatch.setattr("ftnas.quantize._extremes", lambda x: None)  # as on a device: on a CPU nothing waits for it
     x = torch.randn(50, requires_grad=True)
     with _NoReadBack():
         FixedPoint(range=limits).quantize(x).sum().backward()
@@ -199,6 +200,34 @@ def test_no_number_is_read_back_from_the_device(limits):
     for read in (lambda: x.sum().item(), lambda: float(x.sum()), lambda: bool(x.sum() > 0), lambda: x.nonzero()):
         with pytest.raises(AssertionError), _NoReadBack():  # the guard itself works
             read()
+
+
+@pytest.mark.parametrize("limits", [None, Bounded(bound=1.7), Frozen(fraction_length=5)])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("largest", [0.9, 1.0, 127.4 / 128, 127.5 / 128, 1e-7, 3e30])
+def test_what_is_read_on_a_cpu_changes_nothing(limits, encoding, dtype, largest, monkeypatch):
+    form = FixedPoint(encoding=encoding, range=limits)
+    base = torch.randn(60, generator=torch.Generator().manual_seed(3)).clamp(-1.5, 1.5) / 1.5
+    x = (torch.cat([base, torch.tensor([-1.0, 0.0, -0.0, 1.0])]) * largest).to(dtype).requires_grad_()
+    found = []
+    for reads in (True, False):
+        with monkeypatch.context() as patch:
+            if not reads:
+                patch.setattr("ftnas.quantize._extremes", lambda x: None)
+            y = form.quantize(x)
+            found.append((y.detach(), *torch.autograd.grad(y, x, torch.arange(1.0, 65.0, dtype=dtype))))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other) and torch.equal(one.signbit(), other.signbit())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rounding_in_place_writes_to_the_tensor_where_its_dtype_allows(dtype):
+    x = torch.tensor([0.3, -0.9, 1.0], dtype=dtype)
+    expected = FixedPoint().quantize(x)
+    values, inside, _ = FixedPoint().round(x, need_inside=True, in_place=True)
+    assert torch.equal(values, expected.float()) and inside.tolist() == [True, True, False]
+    assert (values.data_ptr() == x.data_ptr()) == (dtype == torch.float32)
 
 
 @pytest.mark.parametrize(

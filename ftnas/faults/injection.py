@@ -19,11 +19,11 @@ from ftnas.faults.memory import count_distinct, mark, positions, restrict_range,
 from ftnas.faults.place import feature_site, weight_site
 from ftnas.faults.plans import PlanSet
 from ftnas.faults.record import InjectionRecord, Tally
-from ftnas.faults.select import LAYER_TYPES, find_layers
+from ftnas.faults.select import LAYER_TYPES, find_layers, is_ours
 from ftnas.faults.stored import is_stored, store_weight
 from ftnas.faults.trace import Call, FeaturePoints, find_feature_points
 from ftnas.faults.variation import ReciprocalNormalVariation
-from ftnas.quantize import FixedPoint, FloatFormat, Grid, round_to_grid, straight_through
+from ftnas.quantize import FixedPoint, FloatFormat, Grid, straight_through
 
 
 class Injection:
@@ -233,19 +233,20 @@ class Injection:
             if owner is None:
                 return None
             with torch._C.DisableTorchFunction():  # our own arithmetic is no business of any function mode
-                return self._feature(owner, output)
+                return self._feature(owner, output, is_ours(module, output))
 
         return hook
 
-    def _feature(self, call: Call, feature: Tensor) -> Tensor:
-        """Quantize and fault the feature point of a layer call: [batch, ...], any float dtype."""
+    def _feature(self, call: Call, feature: Tensor, ours: bool) -> Tensor:
+        """Quantize and fault the feature point of a layer call: [batch, ...], any float dtype; in place if ``ours``."""
         layer, index = call
         bound = self._bounds.get(layer)
-        feature = feature if bound is None else restrict_range(feature, bound)
+        if bound is not None:
+            feature, ours = restrict_range(feature, bound), False
         site = feature_site(layer, self._layers[layer], feature, self._feature_format)
         if self._activations is None or not self._points[self._model.training].activated(call):
-            return self._store(feature, site, self._feature_format, (self._features, self._buffers), index)
-        stored = self._store(feature, site, self._feature_format, (self._features,), index)
+            return self._store(feature, site, self._feature_format, (self._features, self._buffers), index, ours)
+        stored = self._store(feature, site, self._feature_format, (self._features,), index, ours)
         if self._buffer_format is not None or self._buffers.hits(layer):
             self._activations.expect(stored, call, self._grid)
         return stored
@@ -259,8 +260,7 @@ class Injection:
             if not self._paused and self._buffers.hits(layer):
                 self._apply(self._buffers, output, site, grid, index)
             return output
-        form = self._buffer_format if grid is None else None
-        return self._store(output, site, form, (self._buffers,), index, grid)
+        return self._store(output, site, grid or self._buffer_format, (self._buffers,), index)
 
     def weight(self, layer: str, weight: Tensor) -> Tensor:
         """Return what the hardware reads for a weight that learns; called by the weight's parametrization."""
@@ -271,8 +271,8 @@ class Injection:
         """Return what the hardware holds for a weight without faults, and its grid."""
         form = self._weight_format
         if isinstance(form, FixedPoint):
-            grid = form.grid(weight)
-            return round_to_grid(weight, grid, need_inside=False)[0], grid
+            values, _, grid = form.round(weight, need_inside=False)
+            return values, grid
         return weight if form is None else form.rounded(weight), None
 
     def faulty(self, layer: str, stored: Tensor, grid: Grid | None) -> Tensor:
@@ -292,24 +292,28 @@ class Injection:
         self,
         x: Tensor,
         site: Site,
-        form: FixedPoint | FloatFormat | None,
+        form: FixedPoint | FloatFormat | Grid | None,
         drawings: Sequence[Drawing],
         index: int,
-        grid: Grid | None = None,
+        ours: bool = False,
     ) -> Tensor:
-        """Return what is read back for a tensor that was stored: rounded to its format, and faulty."""
+        """Return what is read back for a tensor that was stored: rounded to its format, and faulty.
+
+        A grid in place of a format is where the tensor lies already. A tensor that is ``ours`` is written to.
+        """
         active = [drawing for drawing in drawings if not self._paused and drawing.hits(site.layer)]
-        self._grid = grid
-        if form is None and not active:
+        self._grid = form if isinstance(form, Grid) else None
+        if self._grid is form and not active:
             return x
 
         def transform(values: Tensor, need_mask: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
             inside = blocked = None
             if isinstance(form, FixedPoint):
-                self._grid = form.grid(values)
-                out, inside = round_to_grid(values, self._grid, need_inside=need_mask)
+                out, inside, self._grid = form.round(values, need_inside=need_mask, in_place=ours)
+            elif isinstance(form, FloatFormat):
+                out = form.rounded(values)
             else:
-                out = values.clone() if form is None else form.rounded(values)
+                out = values if ours else values.clone()
             for drawing in active:
                 for plan in self._apply(drawing, out, site, self._grid, index):
                     if need_mask and self._mask_gradients:

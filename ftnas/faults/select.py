@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ftnas.settings import did_you_mean
 
@@ -73,6 +75,20 @@ def _matches(selector: str | Predicate, name: str, module: nn.Module) -> bool:
         return bool(selector(name, module))
     kind = TYPE_NAMES.get(selector.lower())
     return isinstance(module, kind) if kind is not None else fnmatchcase(name, selector)
+
+
+def is_ours(module: nn.Module, output: Tensor) -> bool:
+    """Tell whether the output of a layer or a BatchNorm may be written to in a forward hook, the only one.
+
+    It may where torch's own forward made it: that gives a fresh tensor, of which no gradient needs the values.
+    """
+    kind: Any = type(module)
+    own = any(kind.forward is known.forward for known in (*LAYER_TYPES, nn.BatchNorm2d))
+    if isinstance(module, nn.Conv2d):
+        own = own and kind._conv_forward is nn.Conv2d._conv_forward
+    changed = "forward" in module.__dict__ or "_conv_forward" in module.__dict__
+    hooked = len(module._forward_hooks) > 1 or bool(torch.nn.modules.module._global_forward_hooks)
+    return own and not (changed or hooked or output._is_view() or output.is_leaf and output.requires_grad)
 
 
 def macs_per_output(layer: nn.Module) -> int:

@@ -235,12 +235,13 @@ class Search:
             share=(ranks.rank, ranks.size),
         )
         with injection:
+            parameters = list(self.supernet.parameters())
             for index, ((x, y), genotype) in enumerate(zip(batches, genotypes, strict=True)):
                 # numbers what is trained on, in the order of the images, whichever rank does it
                 number = (epoch * self._num_steps + index) * ranks.size + ranks.rank
                 injection.draw = number
                 losses = self._loss(self._forward(genotype, number), injection, x, y)
-                descend(losses.total, self.supernet, self._optimizer, config.grad_clip, ranks=ranks)
+                descend(losses.total, parameters, self._optimizer, config.grad_clip, ranks=ranks)
                 sums += torch.stack([losses.total.detach(), losses.clean, losses.faulty])
         means = finite_means(ranks.total(sums), self._num_steps * ranks.size, where=f"search epoch {epoch}")
         ranks.check_equal(list(self.supernet.parameters()), where=f"search epoch {epoch}")

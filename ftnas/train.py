@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -256,10 +256,11 @@ def _epoch(
     )
     batches = images.batches(config.batch_size, seed=seed, epoch=epoch, augment=config.augment, drop_last=True)
     with injection:
+        parameters = list(model.parameters())
         for step, (x, y) in enumerate(batches):
             injection.draw = epoch * num_steps + step
             losses = loss(model, injection, x, y)
-            descend(losses.total, model, optimizer, config.grad_clip)
+            descend(losses.total, parameters, optimizer, config.grad_clip)
             sums += torch.stack([losses.total.detach(), losses.clean, losses.faulty])
     total, clean, faulty = finite_means(sums, num_steps, where=f"epoch {epoch}")
     record = injection.record
@@ -276,18 +277,21 @@ def _epoch(
 
 def descend(
     loss: Tensor,
-    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     grad_clip: float | None,
     ranks: Ranks | None = None,
 ) -> None:
-    """Take one optimizer step down a loss, averaged over ranks; parameters that it does not reach stay untouched."""
+    """Take one optimizer step down a loss, averaged over ranks; parameters that it does not reach stay untouched.
+
+    ``parameters`` are the model's, listed once: to go through the modules of a supernet takes a while.
+    """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if ranks is not None:
-        ranks.average_gradients(list(model.parameters()))
+        ranks.average_gradients(parameters)
     if grad_clip is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        nn.utils.clip_grad_norm_(parameters, grad_clip)
     optimizer.step()
 
 

@@ -93,20 +93,21 @@ class Bed:
             return Supernet(self.space, num_classes=10)
 
     def _plain_step(self, supernet: Supernet) -> Step:
-        optimizer = SGD.optimizer(supernet)
+        optimizer, parameters = SGD.optimizer(supernet), list(supernet.parameters())
 
         def step(genotype: Genotype) -> None:
             loss = F.cross_entropy(supernet(self.images, genotype), self.labels)
-            descend(loss, supernet, optimizer, SGD.grad_clip)
+            descend(loss, parameters, optimizer, SGD.grad_clip)
 
         return step
 
     def _tolerant_step(self, supernet: Supernet, hardware: Injection, alpha: float) -> Step:
         optimizer, loss = SGD.optimizer(supernet), FaultTolerantLoss(supernet, alpha_l=alpha)
+        parameters = list(supernet.parameters())
 
         def step(genotype: Genotype) -> None:
             losses = loss(partial(supernet, genotype=genotype), hardware, self.images, self.labels)
-            descend(losses.total, supernet, optimizer, SGD.grad_clip)
+            descend(losses.total, parameters, optimizer, SGD.grad_clip)
 
         return step
 
@@ -125,10 +126,10 @@ class Bed:
         with isolated(0, "bench-step"):
             network: nn.Module = build_network(genotype, self.space, num_classes=10)
         copy_path(self._plain, genotype, network)  # type: ignore[arg-type]
-        optimizer = SGD.optimizer(network)
+        optimizer, parameters = SGD.optimizer(network), list(network.parameters())
 
         def step(genotype: Genotype) -> None:
-            descend(F.cross_entropy(network(self.images), self.labels), network, optimizer, SGD.grad_clip)
+            descend(F.cross_entropy(network(self.images), self.labels), parameters, optimizer, SGD.grad_clip)
 
         return step
 
@@ -167,7 +168,7 @@ def named_parts() -> Iterator[None]:
     """Give the functions that quantize, draw and inject their names in a profile."""
     places: list[tuple[Any, str, str]] = [
         (FixedPoint, "grid", "quantization"),
-        (injection, "round_to_grid", "quantization"),
+        (FixedPoint, "round", "quantization"),
         (drawing.Drawing, "_drawn", "drawing"),
         (injection.Injection, "_apply", "injection"),
     ]

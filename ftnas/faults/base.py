@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -97,6 +98,13 @@ class Plan:
         """Return which entries are hits and not padding: bool [K]."""
         return self.sites < self.population
 
+    @cached_property
+    def whole(self) -> bool:
+        """Whether it is known, without waiting for a device, that no entry is padding."""
+        if self.sites.device.type != "cpu":
+            return False
+        return len(self.sites) == 0 or int(self.sites.amax()) < self.population
+
     def hits(self) -> Tensor:
         """Return the number of units hit: an int64 scalar tensor, on the plan's device."""
         return self.valid().sum()
@@ -120,6 +128,8 @@ class Plan:
 
     def values_hit(self) -> Tensor:
         """Return the row-major index of each value that is hit, int64 [K * span]; N for padding."""
+        if self.whole and self.span == 1 and self.population == self.num_values:
+            return self.sites
         first = torch.where(self.valid(), self.sites * self.span % max(1, self.num_values), self.num_values)
         if self.span == 1:
             return first

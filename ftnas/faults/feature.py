@@ -69,12 +69,13 @@ class MiBB(Fault):
         """Add the biases in place; see `Fault.apply_`."""
         if grid is None:
             raise ValueError("mibb needs fixed-point features: give a quantization")
-        at = positions(plan.sites, values)
-        before = storage(values)[at]
-        sign = 1 - 2 * (plan.codes & 1)
-        bias = (sign << (plan.codes >> 1)).to(values.dtype) * grid.lsb
-        after = (before + bias).clamp(grid.lo * grid.lsb, grid.hi * grid.lsb)
-        return add_at_(values, at, after - before, plan.valid())
+        at = positions(plan.sites, values, whole=plan.whole)
+        before = storage(values).index_select(0, at)
+        every = torch.arange(2 * grid.bits, device=values.device)  # what each code adds
+        biases = ((1 - 2 * (every & 1)) << (every >> 1)).to(values.dtype) * grid.lsb
+        after = biases.index_select(0, plan.codes).add_(before)
+        after = after.clamp_(grid.lo * grid.lsb, grid.hi * grid.lsb)
+        return add_at_(values, at, after.sub_(before), None if plan.whole else plan.valid())
 
 
 @FAULTS.register("feature_bit_flip")

@@ -13,13 +13,12 @@ def storage(values: Tensor) -> Tensor:
     return values.as_strided((values.numel(),), (1,))
 
 
-def positions(sites: Tensor, values: Tensor) -> Tensor:
+def positions(sites: Tensor, values: Tensor, *, whole: bool = False) -> Tensor:
     """Translate row-major sites of a tensor into positions in `storage`, so that a plan fits any memory format.
 
-    Padding (sites equal to the number of values) becomes position 0.
+    Padding (sites equal to the number of values) becomes position 0; ``whole`` says that there is none.
     """
-    valid = sites < values.numel()
-    rest = torch.where(valid, sites, 0)
+    rest = sites if whole else torch.where(sites < values.numel(), sites, 0)
     if values.is_contiguous():
         return rest
     offset = torch.zeros_like(rest)
@@ -37,9 +36,10 @@ def count_distinct(at: Tensor, chosen: Tensor) -> Tensor:
     return (first & (ordered >= 0)).sum()
 
 
-def add_at_(values: Tensor, at: Tensor, deltas: Tensor, valid: Tensor) -> Tensor:
-    """Add ``deltas`` in place at positions of the storage, nothing where not ``valid``."""
-    storage(values).index_add_(0, at, torch.where(valid, deltas, 0.0).to(values.dtype))
+def add_at_(values: Tensor, at: Tensor, deltas: Tensor, valid: Tensor | None) -> Tensor:
+    """Add ``deltas`` in place at positions of the storage, nothing where not ``valid`` (None: all are)."""
+    deltas = deltas if valid is None else torch.where(valid, deltas, 0.0)
+    storage(values).index_add_(0, at, deltas.to(values.dtype))
     return values
 
 

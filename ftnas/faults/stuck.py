@@ -97,14 +97,15 @@ class AdSAF(_StuckAt):
             raise ValueError("adsaf needs fixed-point weights: give a quantization")
         bound = (grid.bound if self.stuck_at == "range" else values.abs().amax()).to(values.dtype)
         stuck = plan.codes.to(values.dtype) * bound
-        at = positions(plan.values_hit(), values)
-        before = storage(values)[at]
+        at = positions(plan.values_hit(), values, whole=plan.whole)
+        before = storage(values).index_select(0, at)
+        valid = None if plan.whole else plan.valid()
         if self.cells == "logical":
-            return add_at_(values, at, torch.where(before < 0, -stuck, stuck) - before, plan.valid())
+            return add_at_(values, at, torch.where(before < 0, -stuck, stuck) - before, valid)
         negative = plan.sites >= values.numel()
         cell = torch.where(negative, -before, before).clamp_min(0.0)
         change = torch.where(negative, cell - stuck, stuck - cell)
-        return add_at_(values, at, change, plan.valid())
+        return add_at_(values, at, change, valid)
 
 
 @FAULTS.register("bit_adsaf")

@@ -129,6 +129,7 @@ class Search:
     ) -> None:
         check_alpha(config.weights.alpha_l, hardware, "search.weights.alpha_l")
         check_alpha(config.alpha_r, hardware, "search.alpha_r")
+        config.weights.compute.check(hardware.quantization, "search.weights.compute")
         self.config = config
         self.hardware = hardware
         self.space: Space = load_space(config.space)
@@ -160,7 +161,8 @@ class Search:
         self._uniform = create_controller(RandomConfig(), self.space, seed=seed_for(seed, "uniform"))
         self._optimizer = config.weights.optimizer(self.supernet)
         self._scheduler = config.weights.scheduler(self._optimizer, config.epochs)
-        self._loss = FaultTolerantLoss(self.supernet, alpha_l=config.weights.alpha_l)
+        weights = config.weights
+        self._loss = FaultTolerantLoss(self.supernet, alpha_l=weights.alpha_l, compute=weights.compute)
         self._batch = config.controller_batch or config.weights.batch_size
         self._passes = -(-controller_images.num_images // self._batch)
         self._num_updates = config.controller_steps or self._passes

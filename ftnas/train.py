@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
+from ftnas.compute import Compute
 from ftnas.data import AugmentConfig, ImageSet
 from ftnas.evaluate import Forward, answers
 from ftnas.faults import Injection
@@ -54,6 +55,7 @@ class SgdConfig(Settings):
         grad_clip: Largest 2-norm of the gradient; None does not clip.
         alpha_l: Weight of the faulty loss, eq. 13; 0 trains without faults.
         mask_gradients: Stop gradients at faulty positions.
+        compute: Memory and number formats.
     """
 
     batch_size: Count
@@ -65,6 +67,7 @@ class SgdConfig(Settings):
     alpha_l: Rate = 0.5
     mask_gradients: bool = False
     augment: AugmentConfig = AugmentConfig()
+    compute: Compute = Compute()
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
         """Return the optimizer of a model's parameters."""
@@ -126,24 +129,36 @@ class FaultTolerantLoss:
     """
 
     def __init__(
-        self, model: nn.Module, *, alpha_l: float, bn_statistics: Literal["both", "clean", "faulty"] = "both"
+        self,
+        model: nn.Module,
+        *,
+        alpha_l: float,
+        bn_statistics: Literal["both", "clean", "faulty"] = "both",
+        compute: Compute = Compute(),  # noqa: B008 a frozen value
     ) -> None:
-        self._alpha = alpha_l
+        self._alpha, self._compute = alpha_l, compute
+        compute.prepare(model)
         self._moves = {"clean": bn_statistics != "faulty", "faulty": bn_statistics != "clean"}
         self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
     def __call__(self, forward: Forward, injection: Injection, images: Tensor, labels: Tensor) -> Losses:
         """Return the losses of a batch: images float [B, C, H, W], labels int64 [B]."""
         zero = torch.zeros((), device=images.device)
+        images = self._compute.images(images)
         clean = faulty = zero
         with injection.weights_shared():
             if self._alpha < 1.0:
                 with injection.paused(), self._statistics("clean"):
-                    clean = F.cross_entropy(forward(images), labels)
+                    clean = self._cross_entropy(forward, images, labels)
             if self._alpha > 0.0:
                 with self._statistics("faulty"):
-                    faulty = F.cross_entropy(forward(images), labels)
+                    faulty = self._cross_entropy(forward, images, labels)
         return Losses((1.0 - self._alpha) * clean + self._alpha * faulty, clean.detach(), faulty.detach())
+
+    def _cross_entropy(self, forward: Forward, images: Tensor, labels: Tensor) -> Tensor:
+        with self._compute.forward(images.device):
+            logits = forward(images)
+        return F.cross_entropy(logits.float(), labels)
 
     @contextmanager
     def _statistics(self, which: str) -> Iterator[None]:
@@ -194,7 +209,8 @@ def fit(
     scheduler = config.scheduler(optimizer, config.epochs)
     history = folder.journal(HISTORY)
     first = _restore(folder, model, optimizer, scheduler)
-    loss = FaultTolerantLoss(model, alpha_l=config.alpha_l, bn_statistics=config.bn_statistics)
+    config.compute.check(hardware.quantization, "train.compute")
+    loss = FaultTolerantLoss(model, alpha_l=config.alpha_l, bn_statistics=config.bn_statistics, compute=config.compute)
     with track(title, config.epochs, done=first) as progress:
         for epoch in range(first, config.epochs):
             with isolated(seed, "epoch", epoch):

@@ -1,0 +1,55 @@
+"""How a training step computes: memory format and number format of convolutions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ftnas.quantize import Quantization
+from ftnas.settings import Settings
+
+_BF16_BITS = 8
+
+
+class Compute(Settings):
+    """How the forwards and backwards of a training step compute; scores and campaigns always compute in float32.
+
+    Rounding to fixed point and faults are computed in float32 in every case.
+
+    Attributes:
+        channels_last: Hold maps and kernels with the channels innermost.
+        autocast: ``bf16`` computes convolutions and Linear layers in bfloat16; None in float32.
+    """
+
+    channels_last: bool = False
+    autocast: Literal["bf16"] | None = None
+
+    def prepare(self, model: nn.Module) -> None:
+        """Put a model's kernels into the memory format; the parameters stay the same objects."""
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)
+
+    def images(self, images: Tensor) -> Tensor:
+        """Return float images [B, C, H, W] in the memory format."""
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+    def forward(self, device: torch.device) -> torch.autocast:
+        """Return the context in which a forward runs."""
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.autocast is not None)
+
+    def check(self, quantization: Quantization | None, name: str) -> None:
+        """Refuse fixed point that bfloat16 cannot hold.
+
+        Raises:
+            ValueError: Words of more than 8 bits under autocast.
+        """
+        if self.autocast is None or quantization is None:
+            return
+        bits = max(quantization.weights.bits, quantization.features.bits)
+        if bits > _BF16_BITS:
+            raise ValueError(
+                f"{name}.autocast=bf16 holds words of up to {_BF16_BITS} bits exactly, and the quantization has "
+                f"{bits}; set autocast to null or use fewer bits"
+            )

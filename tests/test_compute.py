@@ -1,0 +1,127 @@
+"""Memory and number formats of a training step: the same step, nearer or further in its last bits."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from injected import gen
+
+from ftnas.compute import Compute
+from ftnas.faults import AdSAF, MiBB
+from ftnas.faults.hardware import Hardware
+from ftnas.quantize import FixedPoint, Quantization
+from ftnas.rng import isolated
+from ftnas.space import Genotype, Supernet, load_space
+from ftnas.train import FaultTolerantLoss, SgdConfig, descend
+
+SPACE = load_space("small-8x8").resized(channels=4, cells=3)
+PLAIN = Compute()
+FAULTS = {"mibb": MiBB(mac_error_rate=1e-3), "adsaf": AdSAF(cells="differential", stuck_at="max")}
+SGD = SgdConfig(batch_size=8, lr=0.05)
+
+
+class Steps:
+    """A supernet under training, step by step."""
+
+    def __init__(self, fault, compute=PLAIN, device="cpu", bits=8):
+        with isolated(0, "net"):
+            self.supernet = Supernet(SPACE, num_classes=10).to(device).train()
+        self.genotypes = [Genotype.random(SPACE, generator=gen(number)) for number in range(20)]
+        self.images = torch.randn(8, 3, 16, 16, generator=gen(1)).to(device)
+        self.labels = torch.arange(8, device=device)
+        self.loss = FaultTolerantLoss(self.supernet, alpha_l=0.5, compute=compute)
+        self.optimizer = SGD.optimizer(self.supernet)
+        fixed = FixedPoint(bits=bits)
+        hardware = Hardware(fault=FAULTS[fault], quantization=Quantization(weights=fixed, features=fixed))
+        self.injection = hardware.inject(self.supernet, seed=0, errors="soft", draw_on="device")
+
+    def __call__(self, number):
+        genotype = self.genotypes[number % len(self.genotypes)]
+        losses = self.loss(partial(self.supernet, genotype=genotype), self.injection, self.images, self.labels)
+        descend(losses.total, list(self.supernet.parameters()), self.optimizer, SGD.grad_clip)
+        return losses
+
+
+def gradients(steps):
+    with steps.injection:
+        losses = steps(0)
+    return torch.stack([losses.clean, losses.faulty]), torch.cat(
+        [p.grad.reshape(-1) for p in steps.supernet.parameters() if p.grad is not None]
+    )
+
+
+def spy(monkeypatch):
+    """Note the dtype in which tensors are rounded and faults applied."""
+    seen = {"round": set(), "apply_": set()}
+    monkeypatch.setattr(FixedPoint, "round", noted(FixedPoint.round, seen["round"], lambda result: result.values.dtype))
+    for fault in (MiBB, AdSAF):
+        monkeypatch.setattr(fault, "apply_", noted(fault.apply_, seen["apply_"], lambda result: result.dtype))
+    return seen
+
+
+def noted(function, seen, read):
+    def call(*args, **kwargs):
+        result = function(*args, **kwargs)
+        seen.add(read(result))
+        return result
+
+    return call
+
+
+# With 8 bits, sums in another order let a value on the edge between two steps of the grid fall to the other side
+@pytest.mark.parametrize(("bits", "tolerance", "cosine"), [(8, 0.02, 0.95), (20, 1e-4, 0.9999)])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_channels_last_gives_the_same_step_within_rounding(fault, bits, tolerance, cosine):
+    losses, gradient = gradients(Steps(fault, bits=bits))
+    steps = Steps(fault, Compute(channels_last=True), bits=bits)
+    kernels = [p for p in steps.supernet.parameters() if p.dim() == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    other_losses, other = gradients(steps)
+    similar = torch.nn.functional.cosine_similarity(gradient, other, dim=0)
+    assert torch.allclose(losses, other_losses, rtol=tolerance) and similar > cosine
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bf16_computes_fixed_point_and_faults_in_float32(fault, monkeypatch):
+    losses, gradient = gradients(Steps(fault))
+    seen = spy(monkeypatch)
+    steps = Steps(fault, Compute(autocast="bf16"))
+    dtypes = set()
+    for module in steps.supernet.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    other_losses, other = gradients(steps)
+    assert dtypes == {torch.bfloat16} and seen == {"round": {torch.float32}, "apply_": {torch.float32}}
+    assert torch.allclose(losses, other_losses, rtol=0.02) and not torch.equal(losses, other_losses)
+    assert torch.nn.functional.cosine_similarity(gradient, other, dim=0) > 0.95
+
+
+def test_every_word_of_8_bits_is_exact_in_bfloat16():
+    words = torch.arange(-128, 128).float() * 2.0**-9
+    assert torch.equal(words.to(torch.bfloat16).float(), words)
+
+
+def test_wider_words_than_bfloat16_holds_are_refused():
+    quantization = Quantization(weights=FixedPoint(bits=8), features=FixedPoint(bits=12))
+    with pytest.raises(ValueError, match=r"train\.compute\.autocast=bf16 holds words of up to 8 bits .* has 12"):
+        Compute(autocast="bf16").check(quantization, "train.compute")
+    Compute().check(quantization, "train.compute")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compute", [Compute(), Compute(channels_last=True, autocast="bf16")])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_step_of_the_shared_weights_on_a_gpu_never_waits(fault, compute):
+    steps = Steps(fault, compute, device="cuda")
+    with steps.injection as injection:
+        steps(0)  # the first step finds the feature points, and makes the optimizer's buffers
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            steps(0)
+            steps(1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert injection.record.hits > 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import resource
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +31,7 @@ class Steps:
     def __init__(self, fault, compute=PLAIN, device="cpu", bits=8):
         with isolated(0, "net"):
             self.supernet = Supernet(SPACE, num_classes=10).to(device).train()
-        self.genotypes = [Genotype.random(SPACE, generator=gen(number)) for number in range(20)]
+        self.genotypes = [Genotype.random(SPACE, generator=gen(number)) for number in range(4)]
         self.images = torch.randn(8, 3, 16, 16, generator=gen(1)).to(device)
         self.labels = torch.arange(8, device=device)
         self.loss = FaultTolerantLoss(self.supernet, alpha_l=0.5, compute=compute)
@@ -125,3 +128,34 @@ def test_a_step_of_the_shared_weights_on_a_gpu_never_waits(fault, compute):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert injection.record.hits > 0
+
+
+def live_tensors():
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+def test_no_tensor_outlives_its_step():
+    steps = Steps("mibb")
+    counts = []
+    with steps.injection:
+        for number in range(12):
+            steps(number)
+            if number % 4 == 3:  # every genotype has been trained as often
+                counts.append(live_tensors())
+    assert counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_memory_does_not_grow_over_2000_steps():
+    steps = Steps("mibb")
+    pages, counts = [], []
+    with steps.injection:
+        for number in range(2000):
+            steps(number)
+            if number in (499, 1999):
+                counts.append(live_tensors())
+                pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    assert counts[0] == counts[1]
+    assert (pages[1] - pages[0]) * resource.getpagesize() < 8 * 2**20

@@ -249,6 +249,8 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, transform: Any) -> Tensor:
         values, inside, blocked = transform(x.detach(), True)
         ctx.save_for_backward(inside, blocked)
+        last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        ctx.format = torch.channels_last if last else torch.contiguous_format
         if values.data_ptr() == x.data_ptr() and x.numel():
             ctx.mark_dirty(x)
             return x
@@ -262,4 +264,5 @@ class _StraightThrough(torch.autograd.Function):
             gradient = torch.where(inside, gradient, 0.0)
         if blocked is not None:
             gradient = torch.where(blocked, 0.0, gradient)
-        return gradient, None
+        # a part of a concatenation's gradient is no dense tensor, and the kernels for such ones are slower
+        return gradient.contiguous(memory_format=ctx.format), None

@@ -18,6 +18,8 @@ _HOMES = {
     "Genotype": "ftnas.space.genotype",
     "Space": "ftnas.space.genotype",
     "Supernet": "ftnas.space.supernet",
+    "saturate": "ftnas.faults.saturation",
+    "unsaturate": "ftnas.faults.saturation",
     "build_network": "ftnas.space.network",
 }
 _MODULES = ("baselines", "faults", "quantize")

@@ -20,7 +20,7 @@ from ftnas.faults.place import feature_site, weight_site
 from ftnas.faults.plans import PlanSet
 from ftnas.faults.record import InjectionRecord, Tally
 from ftnas.faults.select import LAYER_TYPES, find_layers, is_ours
-from ftnas.faults.stored import is_stored, store_weight
+from ftnas.faults.stored import after_memory, is_stored, store_weight
 from ftnas.faults.trace import Call, FeaturePoints, find_feature_points
 from ftnas.faults.variation import ReciprocalNormalVariation
 from ftnas.quantize import FixedPoint, FloatFormat, Grid, straight_through
@@ -61,6 +61,7 @@ class Injection:
         self._mask_gradients = mask_gradients
         self._watch = Watch() if watch else None
         self._tally = Tally(faults)
+        self._reads_nan_as_zero: frozenset[str] = frozenset()
         self._activations = ActivationMode(self._after_activation) if self._buffers else None
         self.finding = self._paused = self._running = self._ran = self._ran_faulty = False
         self._current = self._faulty_draw = self._replays = 0
@@ -167,6 +168,8 @@ class Injection:
         if self._weight_format is not None or self._weights:
             for name, module in self._layers.items():
                 undo.append(store_weight(module, self, name))
+            later = {name: after_memory(module) for name, module in self._layers.items()}
+            self._reads_nan_as_zero = frozenset(name for name, entry in later.items() if entry and entry.zeroes_nan)
         if self._activations is not None:
             undo.append(root.register_forward_hook(self._check_met).remove)
         # last, so that a root that is a layer itself is still running when its feature point is met
@@ -338,10 +341,17 @@ class Injection:
             if fresh is not None:
                 self._tally.add(placed.number, site.layer, fresh)
                 if fault.target == "weight" and grid is None:
-                    at = positions(plan.values_hit(), out)
-                    bad = ~storage(out)[at].isfinite() & (plan.values_hit() < plan.num_values)
-                    # a word may be hit in several bits
-                    self._tally.count(placed.number, "nonfinite", count_distinct(at, bad))
+                    self._count_odd(placed.number, site.layer, plan, out)
                 if isinstance(fault, ReciprocalNormalVariation):
                     self._tally.count(placed.number, "floored", fault.floored(fresh))
         return plans
+
+    def _count_odd(self, number: int, layer: str, plan: Plan, out: Tensor) -> None:
+        """Count the weights that a plan turned into NaN or an infinity; a word may be hit in several bits."""
+        at = positions(plan.values_hit(), out)
+        hit, found = plan.values_hit() < plan.num_values, storage(out)[at]
+        self._tally.count(number, "nonfinite", count_distinct(at, ~found.isfinite() & hit))
+        nan = count_distinct(at, found.isnan() & hit)
+        self._tally.count(number, "nan", nan)
+        if layer in self._reads_nan_as_zero:
+            self._tally.count(number, "nan_zeroed", nan)

@@ -35,12 +35,16 @@ class FaultRecord(LayerHits):
         fault: Its name.
         layers: By name of the layer.
         nonfinite: Values that a fault turned into NaN or an infinity.
+        nan: Those of them that are NaN, in weights.
+        nan_zeroed: Those of these that the layer reads as 0, see `ftnas.saturate`.
         floored: Cells whose variation was cut off, see `ReciprocalNormalVariation`.
     """
 
     fault: str
     layers: dict[str, LayerHits]
     nonfinite: int = 0
+    nan: int = 0
+    nan_zeroed: int = 0
     floored: int = 0
 
 
@@ -54,6 +58,16 @@ class InjectionRecord(LayerHits):
     def nonfinite(self) -> int:
         """Values that faults turned into NaN or an infinity."""
         return sum(fault.nonfinite for fault in self.faults)
+
+    @property
+    def nan(self) -> int:
+        """Weights that faults turned into NaN."""
+        return sum(fault.nan for fault in self.faults)
+
+    @property
+    def nan_zeroed(self) -> int:
+        """Those of them that a saturation with ``nan="zero"`` reads as 0."""
+        return sum(fault.nan_zeroed for fault in self.faults)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -80,7 +94,7 @@ class Tally:
         sums[layer] = (sites + plan.num_at_risk, expected + plan.num_at_risk * plan.rate, before + hits)
 
     def count(self, fault: int, what: str, number: Tensor) -> None:
-        """Add a scalar tensor to a fault model's ``nonfinite`` or ``floored``; it stays on the device."""
+        """Add a scalar tensor to a fault model's ``nonfinite``, ``nan`` and the like; it stays on the device."""
         odd = self._odd[fault]
         odd[what] = number if what not in odd else odd[what] + number
 

@@ -75,6 +75,26 @@ class StoredWeight(nn.Module):
         return shared[self._layer]
 
 
+class AfterMemory(nn.Module):
+    """A parametrization that the layer applies to what it reads: an injection acts on what goes into it.
+
+    Attributes:
+        zeroes_nan: Whether it reads NaN as 0.
+        identity: What it is, in words.
+    """
+
+    zeroes_nan: bool
+    identity: str
+
+
+def after_memory(module: nn.Module) -> AfterMemory | None:
+    """Return what a layer applies to the weight that it reads, None without."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    chain = module.parametrizations.weight  # type: ignore[union-attr]
+    return next((p for p in chain if isinstance(p, AfterMemory)), None)  # type: ignore[union-attr]
+
+
 def is_stored(module: nn.Module) -> bool:
     """Tell whether an injection reads this layer's weight."""
     if not parametrize.is_parametrized(module, "weight"):
@@ -89,18 +109,23 @@ def store_weight(module: nn.Module, reader: Reader, layer: str) -> Callable[[], 
     """
     order = list(module._parameters)
     alone = not parametrize.is_parametrized(module, "weight")
-    parametrize.register_parametrization(module, "weight", StoredWeight(reader, layer), unsafe=True)
+    stored = StoredWeight(reader, layer)
+    parametrize.register_parametrization(module, "weight", stored, unsafe=True)
+    chain = cast(parametrize.ParametrizationList, module.parametrizations.weight)  # type: ignore[union-attr]
+    later = after_memory(module)
+    if later is not None:  # the memory comes before what is applied to what is read from it
+        del chain[-1]
+        chain.insert(list(chain).index(later), stored)
     handles = [] if not alone else [
-        module.register_state_dict_post_hook(_plain_name),
-        module.register_load_state_dict_pre_hook(_inner_name),
+        module.register_state_dict_post_hook(plain_name),
+        module.register_load_state_dict_pre_hook(inner_name),
     ]  # fmt: skip
 
     def undo() -> None:
         for handle in handles:
             handle.remove()
-        chain = cast(parametrize.ParametrizationList, module.parametrizations.weight)  # type: ignore[union-attr]
-        if len(chain) > 1:  # the model's own come first, and stay
-            del chain[-1]
+        if len(chain) > 1:  # the model's own stay
+            del chain[list(chain).index(stored)]
             return
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
         for parameter in order:  # the weight came back as the last one
@@ -112,11 +137,13 @@ def store_weight(module: nn.Module, reader: Reader, layer: str) -> Callable[[], 
 _INNER = "parametrizations.weight.original"
 
 
-def _plain_name(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+def plain_name(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Call the stored weight of a state by its plain name: a hook after ``state_dict``."""
     if prefix + _INNER in state:
         state[prefix + "weight"] = state.pop(prefix + _INNER)
 
 
-def _inner_name(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def inner_name(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Undo `plain_name`: a hook before ``load_state_dict``."""
     if prefix + "weight" in state:
         state[prefix + _INNER] = state.pop(prefix + "weight")

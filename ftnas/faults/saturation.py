@@ -1,0 +1,310 @@
+"""Saturated weights: what is read from memory passes through a bounded function before it is used.
+
+A weight w of a saturated layer is stored as it is, and the layer computes with ``s * f(w / s)``, in training and in
+deployment, so that a flipped exponent bit can do no more than the bound of the function (arXiv 2411.19027). Under
+`ftnas.inject` the order is the hardware's: stored format -> fault -> saturation -> convolution.
+
+| function | s * f(w / s) | range | gradient |
+|---|---|---|---|
+| ``tanh`` | s tanh(w / s) | (-s, s) | 1 - tanh(w / s)^2 |
+| ``arctan`` | s arctan(w / s) | (-s pi/2, s pi/2) | 1 / (1 + (w / s)^2) |
+| ``softsign`` | w / (1 + abs(w) / s) | (-s, s) | 1 / (1 + abs(w) / s)^2 |
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import field_validator, model_validator
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ftnas.faults.select import Layers, find_layers, select_layers
+from ftnas.faults.stored import AfterMemory, after_memory, inner_name, is_stored, plain_name
+from ftnas.settings import Positive, Settings, did_you_mean
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "arctan": torch.atan, "softsign": F.softsign}
+MARK = "saturation"
+"""Name in a layer's state of what it was saturated with: the text of `Saturated.identity`, as uint8 [length]."""
+
+
+class Saturation(Settings):
+    """How the weights of a model are saturated.
+
+    Attributes:
+        function: ``tanh``, ``arctan`` or ``softsign``.
+        scale: s of s * f(w / s): one for all, or by layer (selectors as in ``layers``, which is then left out).
+        std_multiple: In place of ``scale``: the power of two nearest to this many standard deviations of the layer's
+            weight at the time, so of its first weights in a training.
+        layers: Type names, name patterns or depths; None for every Conv2d and Linear.
+        nan: What a stored NaN is read as; see `saturate`.
+    """
+
+    function: Literal["tanh", "arctan", "softsign"]
+    scale: Positive | dict[str, Positive] = 1.0
+    std_multiple: Positive | None = None
+    layers: tuple[str, ...] | None = None
+    nan: Literal["zero", "keep"] = "zero"
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_scale(self) -> Saturation:
+        if isinstance(self.scale, dict) and (self.layers is not None or not self.scale):
+            raise ValueError("scale by layer says itself which layers are saturated; remove layers, or give one scale")
+        if self.std_multiple is not None and self.scale != 1.0:
+            raise ValueError("std_multiple takes the place of scale; remove one of them")
+        return self
+
+    def apply(self, model: nn.Module) -> None:
+        """Saturate a model in place; raises as `saturate` does."""
+        if isinstance(self.scale, dict):
+            for selector, scale in self.scale.items():
+                saturate(model, self.function, scale=scale, layers=selector, nan=self.nan)
+            return
+        if self.std_multiple is None:
+            saturate(model, self.function, scale=self.scale, layers=self.layers, nan=self.nan)
+            return
+        layers = find_layers(model)
+        for name in sorted(select_layers(layers, self.layers)):
+            scale = power_of_two(self.std_multiple * standard_deviation(cast(Tensor, layers[name].weight)))
+            saturate(model, self.function, scale=scale, layers=name, nan=self.nan)
+
+    def resolved(self, model: nn.Module) -> Saturation:
+        """Return the same with the scales that a model was saturated with, so that it builds the same again."""
+        if self.std_multiple is None:
+            return self
+        scales = {name: found.scale for name, found in saturations(model).items()}
+        return Saturation(function=self.function, scale=scales, nan=self.nan)
+
+
+class Saturated(AfterMemory):
+    """The parametrization of one weight of any shape: s * f(w / s); same shape and dtype.
+
+    Attributes:
+        function: Name of f.
+        scale: s.
+        zeroes_nan: Whether NaN is read as 0.
+        identity: What a checkpoint says that it was trained with.
+    """
+
+    def __init__(self, function: str, scale: float, *, zeroes_nan: bool) -> None:
+        super().__init__()
+        self.function, self.scale, self.zeroes_nan = function, scale, zeroes_nan
+        self.identity = f"{function} scale={scale!r}"
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return what the layer computes with."""
+        x = weight if self.scale == 1.0 else weight / self.scale
+        # what is not finite is replaced before f and not after it, or its gradient would be NaN
+        largest = torch.finfo(x.dtype).max
+        x = torch.nan_to_num(x, nan=0.0) if self.zeroes_nan else x.clamp(-largest, largest)
+        out = FUNCTIONS[self.function](x)
+        return out if self.scale == 1.0 else out * self.scale
+
+    def extra_repr(self) -> str:
+        """Say it in ``print(model)``."""
+        return f"{self.identity}, nan={'zero' if self.zeroes_nan else 'keep'}"
+
+
+def saturate(
+    model: nn.Module,
+    function: str,
+    *,
+    scale: float = 1.0,
+    layers: Layers = None,
+    nan: Literal["zero", "keep"] = "zero",
+) -> nn.Module:
+    """Saturate the weights of a model in place, by a parametrization of each.
+
+    The state of a saturated layer has plain names: ``weight`` is the stored, unsaturated weight, and ``saturation``
+    says the function. A plain checkpoint loads, as the point from which fine-tuning starts; one that was trained with
+    another function or scale is refused.
+
+    Args:
+        model: Any module with Conv2d or Linear layers.
+        function: ``tanh``, ``arctan`` or ``softsign``.
+        scale: s > 0 of s * f(w / s).
+        layers: Which layers, as in `ftnas.inject`; None takes every Conv2d and Linear.
+        nan: What a stored NaN (which a flip in a float may make) is read as: ``zero``, or ``keep`` lets it through.
+            `InjectionRecord.nan_zeroed` counts those that were read as 0.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: One line: an unknown function, a scale or a nan policy that is none, layers that match nothing, or
+            a layer that is saturated already or is inside ``inject``.
+    """
+    if function not in FUNCTIONS:
+        raise ValueError(f"unknown saturation function {function!r}; {did_you_mean(function, FUNCTIONS)}")
+    if not (isinstance(scale, (int, float)) and 0.0 < scale < math.inf):
+        raise ValueError(f"the scale of a saturation is a number above 0, got {scale!r}")
+    if nan not in ("zero", "keep"):
+        raise ValueError(f"nan must be 'zero' or 'keep', got {nan!r}")
+    candidates = find_layers(model)
+    if not candidates:
+        raise ValueError(f"{type(model).__name__} has no Conv2d or Linear layer to saturate")
+    chosen = select_layers(candidates, layers)
+    for name in sorted(chosen):
+        if is_stored(candidates[name]):
+            raise ValueError("the model is inside inject(...); saturate it before or after the block")
+        found = after_memory(candidates[name])
+        if found is not None:
+            raise ValueError(f"layer {name!r} is saturated already ({found.identity}); call unsaturate(model) first")
+    for name in candidates:
+        if name in chosen:
+            _attach(candidates[name], Saturated(function, float(scale), zeroes_nan=nan == "zero"))
+    return model
+
+
+def unsaturate(model: nn.Module) -> nn.Module:
+    """Fold the functions into plain weights, in place; the model computes what it did, bit for bit.
+
+    Raises:
+        ValueError: One line: nothing is saturated, the model is inside ``inject``, or a layer has a parametrization of
+            the model's own, which cannot be folded.
+    """
+    layers = find_layers(model)
+    names = list(saturations(model))
+    if not names:
+        raise ValueError("no layer of the model is saturated; there is nothing to fold")
+    for name in names:
+        if is_stored(layers[name]):
+            raise ValueError("the model is inside inject(...); unsaturate it before or after the block")
+        if len(_chain(layers[name])) > 1:
+            raise ValueError(
+                f"layer {name!r} has a parametrization of its own, which cannot be folded; remove it first"
+            )
+    for name in names:
+        _detach(layers[name])
+    return model
+
+
+def saturations(model: nn.Module) -> dict[str, Saturated]:
+    """Return what each saturated layer of a model is saturated with, by name."""
+    found = {name: after_memory(module) for name, module in find_layers(model).items()}
+    return {name: entry for name, entry in found.items() if isinstance(entry, Saturated)}
+
+
+def standard_deviation(weight: Tensor) -> float:
+    """Return the standard deviation of a weight of any shape; its magnitude where it holds one value."""
+    flat = weight.detach().double()
+    return float(flat.std(correction=0)) if flat.numel() > 1 else float(flat.abs().sum())
+
+
+def power_of_two(value: float) -> float:
+    """Return the power of two that is nearest to a value > 0 on the logarithmic scale; 1 for 0."""
+    return 2.0 ** round(math.log2(value)) if value > 0.0 else 1.0
+
+
+def _chain(module: nn.Module) -> parametrize.ParametrizationList:
+    return cast(parametrize.ParametrizationList, module.parametrizations.weight)  # type: ignore[union-attr]
+
+
+def _attach(module: nn.Module, saturated: Saturated) -> None:
+    alone = not parametrize.is_parametrized(module, "weight")
+    parametrize.register_parametrization(module, "weight", saturated)
+    if alone:
+        # torch refuses to pickle what is parametrized, since the class is made on the fly; ours can be made again
+        type(module).__reduce_ex__ = _reduce  # type: ignore[method-assign,assignment]
+    module.register_state_dict_post_hook(_marked_state)
+    module.register_load_state_dict_pre_hook(_checked_state)
+
+
+def _detach(module: nn.Module) -> None:
+    order = [*module._parameters]
+    _remove_hooks(module)
+    # torch deletes the property from the class, which a deep copy shares with its original: give the module its own
+    shared = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    for parameter in order:  # the weight came back as the last one; it stood before a bias
+        module._parameters[parameter] = module._parameters.pop(parameter)
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    """Take our hooks off by what they are: a copy of a module shares no handles with the original."""
+    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for key in [k for k, hook in hooks.items() if getattr(hook, "hook", hook) in (_marked_state, _checked_state)]:
+            del hooks[key]
+
+
+def _marked_state(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    plain_name(module, state, prefix, local_metadata)
+    found = after_memory(module)
+    if isinstance(found, Saturated):
+        state[prefix + MARK] = torch.tensor(list(found.identity.encode()), dtype=torch.uint8)
+
+
+def _checked_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    mark, found = state.pop(prefix + MARK, None), after_memory(module)
+    if isinstance(mark, Tensor) and isinstance(found, Saturated):
+        check_mark(mark, found, prefix[:-1])
+    inner_name(module, state, prefix)
+
+
+def check_mark(mark: Tensor, own: Saturated, layer: str) -> None:
+    """Refuse the state of a layer that was trained with another function than its own."""
+    text = bytes(mark.tolist()).decode(errors="replace")
+    if text != own.identity:
+        raise ValueError(
+            f"the state was trained with another function: layer {layer!r} is saturated by {own.identity}, the "
+            f"state by {text}; saturate the model as it was trained"
+        )
+
+
+def check_functions(model: nn.Module, state: Mapping[str, Any], *, where: str) -> None:
+    """Refuse a state of a model that was saturated otherwise; a plain one fits every model.
+
+    Args:
+        model: What the state is for.
+        state: A ``state_dict``.
+        where: Prefix of messages: the file.
+
+    Raises:
+        ValueError: One line.
+    """
+    own = saturations(model)
+    for key, mark in state.items():
+        if not key.endswith("." + MARK) or not isinstance(mark, Tensor):
+            continue
+        layer = key.removesuffix("." + MARK)
+        if layer not in own:
+            raise ValueError(
+                f"{where}: layer {layer!r} was trained saturated by {bytes(mark.tolist()).decode(errors='replace')}, "
+                "and here it is not; give the same saturation"
+            )
+        try:
+            check_mark(mark, own[layer], layer)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+
+def _reduce(module: nn.Module, protocol: int) -> Any:
+    """Pickle a saturated layer as the plain layer with its stored weight, and what it is saturated with."""
+    found = after_memory(module)
+    if not isinstance(found, Saturated) or len(_chain(module)) > 1:
+        raise RuntimeError("a layer with parametrizations of its own cannot be pickled; send its state_dict")
+    base: type[nn.Module] = type(module).__bases__[0]
+    plain = object.__new__(base)
+    plain.__dict__.update(module.__dict__)
+    for hooks in ("_state_dict_hooks", "_load_state_dict_pre_hooks"):
+        plain.__dict__[hooks] = copy.copy(module.__dict__[hooks])
+    _remove_hooks(plain)
+    plain.__dict__["_modules"] = {k: v for k, v in module._modules.items() if k != "parametrizations"}
+    plain.__dict__["_parameters"] = {"weight": _chain(module).original, **module._parameters}
+    return _rebuild, (plain, found.function, found.scale, found.zeroes_nan)
+
+
+def _rebuild(plain: nn.Module, function: str, scale: float, zeroes_nan: bool) -> nn.Module:
+    _attach(plain, Saturated(function, scale, zeroes_nan=zeroes_nan))
+    return plain

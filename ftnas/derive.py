@@ -11,6 +11,7 @@ from ftnas.candidates import Candidates, Terms
 from ftnas.controllers import Controller
 from ftnas.data import ImageSet
 from ftnas.evaluate import Score, score
+from ftnas.faults.bounds import Limits
 from ftnas.faults.hardware import Hardware
 from ftnas.progress import say, track
 from ftnas.rng import isolated, seed_for
@@ -48,6 +49,7 @@ def derive(
     *,
     candidates: Candidates,
     config: DeriveConfig,
+    limits: Limits,
     weights: SgdConfig,
     hardware: Hardware,
     weights_images: ImageSet,
@@ -67,6 +69,7 @@ def derive(
         supernet: Trained shared weights.
         candidates: Scores paths of that supernet.
         config: How many candidates, and how they are scored.
+        limits: What keeps finalists that are trained within bounds; the supernet has its own.
         weights: Training settings of the finalists, when they are trained.
         hardware: Faults and number formats.
         weights_images: What finalists are trained on.
@@ -89,7 +92,9 @@ def derive(
         again = []
         for place, genotype in enumerate(best):
             stage = folder.stage(f"finalists/{place}")
-            model = _trained(genotype, supernet, recipe, hardware, weights_images, seed, stage, f"{title}: {place + 1}")
+            model = _untrained(genotype, supernet, limits, weights_images, seed)
+            name = f"{title}: {place + 1}"
+            fit(model, weights_images, config=recipe, hardware=hardware, seed=seed, folder=stage, title=name)
             again.append(rank.trained(model, config.final_draws))
     else:
         again = rank.shared(best, config.final_draws, "final")
@@ -142,21 +147,12 @@ class _Scorer:
             return score(model, injection, batches, alpha_r=self._alpha_r, draws=draws)
 
 
-def _trained(
-    genotype: Genotype,
-    supernet: Supernet,
-    recipe: TrainConfig,
-    hardware: Hardware,
-    images: ImageSet,
-    seed: int,
-    folder: Folder,
-    title: str,
-) -> Any:
+def _untrained(genotype: Genotype, supernet: Supernet, limits: Limits, images: ImageSet, seed: int) -> Any:
     with isolated(seed, "finalist"):
         model = build_network(
             genotype, supernet.space, num_classes=len(images.classes), in_channels=images.shape[0]
         ).to(images.device)
-    fit(model, images, config=recipe, hardware=hardware, seed=seed, folder=folder, title=title)
+    limits.apply(model)
     return model
 
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ftnas import baselines, rng
+from ftnas.faults.bounds import FEATURE, WEIGHT, Limits
+from ftnas.faults.saturation import MARK, check_functions, saturations
 from ftnas.registry import import_name
-from ftnas.settings import Count, Positive, Settings, did_you_mean, parse
+from ftnas.settings import Count, Positive, did_you_mean, parse
 from ftnas.space.genotype import Genotype
 from ftnas.space.network import build_network
 from ftnas.space.space import Space, load_space
@@ -25,8 +27,8 @@ _KINDS = ("genotype", "baseline", "factory")
 _OWN = {"space": "genotype", "channels": "genotype", "cells": "genotype", "width": "baseline"}
 
 
-class ModelConfig(Settings):
-    """Which model: exactly one of ``genotype``, ``baseline`` and ``factory``.
+class ModelConfig(Limits):
+    """Which model: exactly one of ``genotype``, ``baseline`` and ``factory``; and what keeps it within bounds.
 
     Attributes:
         genotype: Path of a genotype file, or the name of a shipped one such as ``w-ftt-net``.
@@ -36,6 +38,9 @@ class ModelConfig(Settings):
         baseline: One of ``ftnas.baselines.names()``.
         width: Factor on the baseline's channels, 1 when left out.
         factory: ``package.module:Name`` of the user's own, called with ``num_classes=`` and ``in_channels=``.
+        start: File of the weights that training starts from: a ``model.pt`` of the same architecture, or a
+            ``state_dict`` such as those of torchvision; None starts from random ones.
+        saturation: As of `Limits`; so are ``weight_bound`` and ``feature_bound``.
     """
 
     genotype: str | None = None
@@ -45,6 +50,7 @@ class ModelConfig(Settings):
     baseline: str | None = None
     width: Positive | None = None
     factory: str | None = None
+    start: str | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> ModelConfig:
@@ -86,6 +92,9 @@ def describe(config: ModelConfig, *, num_classes: int, in_channels: int, image_s
         ValueError: A file is missing or wrong, or a genotype names no space and the config neither.
     """
     spec: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
+    limits = config.limits.model_dump(mode="json", exclude_none=True)
+    if limits:
+        spec["limits"] = limits
     if config.genotype is not None:
         genotype = Genotype.load(config.genotype)
         space_name = config.space or genotype.space
@@ -100,18 +109,59 @@ def describe(config: ModelConfig, *, num_classes: int, in_channels: int, image_s
     return {"kind": "factory", **spec, "factory": config.factory}
 
 
-def build_spec(spec: Mapping[str, Any], *, seed: int, allow_factory: bool = False) -> nn.Module:
-    """Build the model of a spec, its weights drawn from the stream (seed, "init").
+def build_spec(
+    spec: Mapping[str, Any], *, seed: int, allow_factory: bool = False, start: str | Path | None = None
+) -> nn.Module:
+    """Build the model of a spec, its weights drawn from the stream (seed, "init") or read from a file.
 
     Args:
         spec: As ``describe`` returns it.
         seed: Of the first weights; the global random state stays as it was.
         allow_factory: Whether names of the user's own modules may be imported. Only for specs that come from the
             user's config, never for what was read from a file.
+        start: File of the weights, see `ModelConfig`. Bounds that are multiples of a deviation are those of its
+            weights.
 
     Raises:
-        ValueError: One line: what is wrong with the spec, or a name to import that is not allowed.
+        ValueError: One line: what is wrong with the spec, a name to import that is not allowed, or weights that do not
+            fit or were trained with another saturation.
     """
+    model = _plain_model(spec, seed=seed, allow_factory=allow_factory)
+    state = {} if start is None else read_start(model, start)
+    parse(Limits, spec.get("limits", {}), where="model: limits").apply(model)
+    check_functions(model, state, where=str(start))
+    return model
+
+
+def read_start(model: nn.Module, path: str | Path) -> dict[str, Any]:
+    """Load the weights of a file into a model without saturation or bounds; return the file's whole state.
+
+    Raises:
+        ValueError: One line: the file is missing, or does not fit.
+    """
+    state = load_checkpoint(path)
+    for key in ("state", "state_dict", "model"):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: neither a model file nor a state_dict; give one of them as start")
+    extra = tuple(f".{name}" for name in (MARK, WEIGHT, FEATURE))
+    plain = {key: value for key, value in state.items() if not key.endswith(extra)}
+    check_state(model.state_dict(), plain, where=str(path))
+    model.load_state_dict(plain)
+    return state
+
+
+def resolved_spec(spec: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return a spec that builds a saturated model with the scales that it has, whatever its first weights are."""
+    limits = parse(Limits, spec.get("limits", {}), where="model: limits")
+    if limits.saturation is None or not saturations(model):
+        return dict(spec)
+    found = limits.model_copy(update={"saturation": limits.saturation.resolved(model)})
+    return {**spec, "limits": found.model_dump(mode="json", exclude_none=True)}
+
+
+def _plain_model(spec: Mapping[str, Any], *, seed: int, allow_factory: bool) -> nn.Module:
+    """Build the model of a spec without what limits it."""
     kind = spec.get("kind")
     if kind not in _KINDS:
         raise ValueError(f"model: kind is one of {', '.join(_KINDS)}, got {kind!r}")
@@ -138,7 +188,7 @@ def build(config: ModelConfig, *, num_classes: int, in_channels: int, image_size
         ValueError: As ``describe`` and ``build_spec``.
     """
     spec = describe(config, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
-    return build_spec(spec, seed=seed, allow_factory=True)
+    return build_spec(spec, seed=seed, allow_factory=True, start=config.start)
 
 
 def count(model: nn.Module, input_shape: Sequence[int]) -> Complexity:

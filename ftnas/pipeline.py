@@ -169,6 +169,7 @@ class Pipeline:
                 image_size=min(images.shape[1:]),
             ),
             recipe=stage.recipe,
+            start=stage.models[name].start,
             hardware=config.hardware,
             data=config.data,
             train_seed=train_seed,

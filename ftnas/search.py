@@ -14,6 +14,7 @@ from ftnas.candidates import Candidates, Terms
 from ftnas.controllers import Controller, ControllerChoice, RandomConfig, ReinforceConfig, create_controller
 from ftnas.data import ImageSet
 from ftnas.derive import DeriveConfig, derive
+from ftnas.faults.bounds import Limits
 from ftnas.faults.hardware import Hardware
 from ftnas.models import check_state
 from ftnas.plots import draw_genotype, pixels
@@ -22,7 +23,7 @@ from ftnas.progress import say, track
 from ftnas.ranks import Ranks
 from ftnas.rng import generator, isolated, seed_for
 from ftnas.rundir import Folder
-from ftnas.settings import Count, Rate, Settings
+from ftnas.settings import Count, Rate
 from ftnas.space import Genotype, Space, Supernet, load_space
 from ftnas.train import CHECKPOINT, FaultTolerantLoss, SgdConfig, check_alpha, descend, finite_means
 from ftnas.workers import open_pool
@@ -40,8 +41,8 @@ COLLAPSED = 0.05
 """Relative entropy of the controller under which it has all but stopped exploring."""
 
 
-class SearchConfig(Settings):
-    """One search.
+class SearchConfig(Limits):
+    """One search; `Limits` say what keeps the supernet and the finalists within bounds.
 
     Attributes:
         space: Name of a shipped space, or the path of a space file.
@@ -157,6 +158,7 @@ class Search:
                 in_channels=weights_images.shape[0],
                 dropout=config.dropout,
             ).to(device)
+        config.limits.apply(self.supernet)
         self.controller: Controller = create_controller(config.controller, self.space, seed=seed)
         self._uniform = create_controller(RandomConfig(), self.space, seed=seed_for(seed, "uniform"))
         self._optimizer = config.weights.optimizer(self.supernet)
@@ -201,6 +203,7 @@ class Search:
             self.supernet,
             candidates=candidates,
             config=self.config.derive,
+            limits=self.config.limits,
             weights=self.config.weights,
             hardware=self.hardware,
             weights_images=self._weights_images,

@@ -48,9 +48,10 @@ class CosineSchedule(Settings):
 
 
 class SgdConfig(Settings):
-    """Stochastic gradient descent on the fault-tolerant loss.
+    """Gradient descent on the fault-tolerant loss.
 
     Attributes:
+        method: ``sgd`` with momentum, or ``adamw``.
         batch_size: Images per step; the last, smaller batch of an epoch is dropped.
         grad_clip: Largest 2-norm of the gradient; None does not clip.
         alpha_l: Weight of the faulty loss, eq. 13; 0 trains without faults.
@@ -58,6 +59,7 @@ class SgdConfig(Settings):
         compute: Memory and number formats.
     """
 
+    method: Literal["sgd", "adamw"] = "sgd"
     batch_size: Count
     lr: Positive
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
@@ -69,8 +71,16 @@ class SgdConfig(Settings):
     augment: AugmentConfig = AugmentConfig()
     compute: Compute = Compute()
 
-    def optimizer(self, model: nn.Module) -> torch.optim.SGD:
+    @model_validator(mode="after")
+    def _no_momentum(self) -> SgdConfig:
+        if self.method == "adamw" and self.momentum != 0.9:
+            raise ValueError("momentum belongs to sgd and has no effect on adamw; remove it")
+        return self
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer of a model's parameters."""
+        if self.method == "adamw":
+            return torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def scheduler(self, optimizer: torch.optim.Optimizer, epochs: int) -> LRScheduler:

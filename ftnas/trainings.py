@@ -12,7 +12,7 @@ from torch import nn
 
 from ftnas.data import DataConfig, ImageSet, stratified_split
 from ftnas.faults.hardware import Hardware
-from ftnas.models import build_spec, save_model
+from ftnas.models import build_spec, resolved_spec, save_model
 from ftnas.progress import say
 from ftnas.rundir import Folder
 from ftnas.train import TrainConfig, clean_accuracy, fit, fit_by_rate_protocol, rate_folder
@@ -47,6 +47,7 @@ class Training:
         folder: Absolute path of its folder.
         title: Name on the progress bar.
         rate: Of the rate protocol, the one that is trained ahead; None does the whole training.
+        start: File of the weights that it starts from; None starts from random ones.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Training:
     folder: Path
     title: str
     rate: float | None = None
+    start: str | None = None
 
     @property
     def key(self) -> str:
@@ -93,7 +95,8 @@ class Training:
         try:
             network, hardware = self._fit(images, folder, epoch_done)
             if self.rate is None:
-                save_model(folder.file(MODEL), network, self.spec, self._metadata(network, hardware, images))
+                spec = resolved_spec(self.spec, network)
+                save_model(folder.file(MODEL), network, spec, self._metadata(network, hardware, images))
         finally:
             folder.close()
 
@@ -104,7 +107,7 @@ class Training:
         hardware = self.hardware.without_faults() if recipe.alpha_l == 0.0 else self.hardware
 
         def build() -> nn.Module:
-            return build_spec(self.spec, seed=self.seed, allow_factory=True).to(images.device)
+            return build_spec(self.spec, seed=self.seed, allow_factory=True, start=self.start).to(images.device)
 
         common: dict[str, Any] = {"config": recipe, "seed": self.seed, "title": self.title, "epoch_done": epoch_done}
         if recipe.rate_protocol is None:

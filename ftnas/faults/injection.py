@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ftnas.faults.activation import ActivationMode
 from ftnas.faults.base import Fault, Plan, Site
+from ftnas.faults.bounds import FEATURE, WEIGHT, bound_of, clipped
 from ftnas.faults.changes import Change, Watch
 from ftnas.faults.drawing import Drawing, Key, Placed
 from ftnas.faults.memory import count_distinct, mark, positions, restrict_range, storage
@@ -23,7 +24,7 @@ from ftnas.faults.select import LAYER_TYPES, find_layers, is_ours
 from ftnas.faults.stored import after_memory, is_stored, store_weight
 from ftnas.faults.trace import Call, FeaturePoints, find_feature_points
 from ftnas.faults.variation import ReciprocalNormalVariation
-from ftnas.quantize import FixedPoint, FloatFormat, Grid, straight_through
+from ftnas.quantize import FixedPoint, FloatFormat, Grid, Rounded, round_to_grid, straight_through
 
 
 class Injection:
@@ -165,7 +166,7 @@ class Injection:
             for name, module in root.named_modules():
                 if isinstance(module, (*LAYER_TYPES, _BatchNorm)):
                     undo.append(module.register_forward_hook(self._feature_hook(name, module)).remove)
-        if self._weight_format is not None or self._weights:
+        if self._weight_format is not None or self._weights or self._any_bound(WEIGHT):
             for name, module in self._layers.items():
                 undo.append(store_weight(module, self, name))
             later = {name: after_memory(module) for name, module in self._layers.items()}
@@ -183,7 +184,12 @@ class Injection:
 
     @property
     def _sees_features(self) -> bool:
-        return self._feature_format is not None or bool(self._features or self._buffers or self._bounds)
+        return self._feature_format is not None or bool(
+            self._features or self._buffers or self._bounds or self._any_bound(FEATURE)
+        )
+
+    def _any_bound(self, kind: str) -> bool:
+        return any(bound_of(module, kind) is not None for module in self._layers.values())
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.finding:
@@ -246,10 +252,14 @@ class Injection:
         bound = self._bounds.get(layer)
         if bound is not None:
             feature, ours = restrict_range(feature, bound), False
+        limit = bound_of(self._layers[layer], FEATURE)
+        if limit is not None:
+            feature, ours = clipped(feature, limit), False
         site = feature_site(layer, self._layers[layer], feature, self._feature_format)
         if self._activations is None or not self._points[self._model.training].activated(call):
-            return self._store(feature, site, self._feature_format, (self._features, self._buffers), index, ours)
-        stored = self._store(feature, site, self._feature_format, (self._features,), index, ours)
+            both = (self._features, self._buffers)
+            return self._store(feature, site, self._feature_format, both, index, ours, limit)
+        stored = self._store(feature, site, self._feature_format, (self._features,), index, ours, limit)
         if self._buffer_format is not None or self._buffers.hits(layer):
             self._activations.expect(stored, call, self._grid)
         return stored
@@ -267,14 +277,18 @@ class Injection:
 
     def weight(self, layer: str, weight: Tensor) -> Tensor:
         """Return what the hardware reads for a weight that learns; called by the weight's parametrization."""
+        limit = bound_of(self._layers[layer], WEIGHT)
+        weight = clipped(weight, limit)
         site = weight_site(layer, self._layers[layer], weight, self._weight_format)
-        return self._store(weight, site, self._weight_format, (self._weights,), 0)
+        return self._store(weight, site, self._weight_format, (self._weights,), 0, limit=limit)
 
-    def stored(self, weight: Tensor) -> tuple[Tensor, Grid | None]:
+    def stored(self, layer: str, weight: Tensor) -> tuple[Tensor, Grid | None]:
         """Return what the hardware holds for a weight without faults, and its grid."""
         form = self._weight_format
+        limit = bound_of(self._layers[layer], WEIGHT)
+        weight = clipped(weight, limit)
         if isinstance(form, FixedPoint):
-            values, _, grid = form.round(weight, need_inside=False)
+            values, _, grid = _rounded(form, weight, limit, need_inside=False)
             return values, grid
         return weight if form is None else form.rounded(weight), None
 
@@ -299,10 +313,12 @@ class Injection:
         drawings: Sequence[Drawing],
         index: int,
         ours: bool = False,
+        limit: Tensor | None = None,
     ) -> Tensor:
         """Return what is read back for a tensor that was stored: rounded to its format, and faulty.
 
-        A grid in place of a format is where the tensor lies already. A tensor that is ``ours`` is written to.
+        A grid in place of a format is where the tensor lies already. A tensor that is ``ours`` is written to. The range
+        of a dynamic format is ``limit``, or that of the values without one.
         """
         active = [drawing for drawing in drawings if not self._paused and drawing.hits(site.layer)]
         self._grid = form if isinstance(form, Grid) else None
@@ -312,7 +328,7 @@ class Injection:
         def transform(values: Tensor, need_mask: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
             inside = blocked = None
             if isinstance(form, FixedPoint):
-                out, inside, self._grid = form.round(values, need_inside=need_mask, in_place=ours)
+                out, inside, self._grid = _rounded(form, values, limit, need_inside=need_mask, in_place=ours)
             elif isinstance(form, FloatFormat):
                 out = form.rounded(values)
             else:
@@ -355,3 +371,14 @@ class Injection:
         self._tally.count(number, "nan", nan)
         if layer in self._reads_nan_as_zero:
             self._tally.count(number, "nan_zeroed", nan)
+
+
+def _rounded(
+    form: FixedPoint, x: Tensor, limit: Tensor | None, *, need_inside: bool, in_place: bool = False
+) -> Rounded:
+    """Round a tensor of any shape to the grid of a bound, or to its own without one; see `FixedPoint.round`."""
+    if limit is None:
+        return form.round(x, need_inside=need_inside, in_place=in_place)
+    grid, x = form.grid(limit), x.detach()
+    values = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return Rounded(*round_to_grid(values, grid, need_inside=need_inside), grid)

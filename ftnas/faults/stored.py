@@ -21,7 +21,7 @@ class Reader(Protocol):
     def weight(self, layer: str, weight: Tensor) -> Tensor:
         """Return what is read for a weight that learns; same shape and dtype, gradients pass."""
 
-    def stored(self, weight: Tensor) -> tuple[Tensor, Grid | None]:
+    def stored(self, layer: str, weight: Tensor) -> tuple[Tensor, Grid | None]:
         """Return what the hardware holds without faults, and its grid."""
 
     def faulty(self, layer: str, stored: Tensor, grid: Grid | None) -> Tensor:
@@ -55,7 +55,7 @@ class StoredWeight(nn.Module):
             return self._learning(weight)
         key = (weight.data_ptr(), weight._version)
         if self._stored is None or self._stored[0] != key:
-            values, grid = self._reader.stored(weight.detach())
+            values, grid = self._reader.stored(self._layer, weight.detach())
             self._stored, self._faulty = (key, values, grid, values.to(weight.dtype)), None
         _, values, grid, clean = self._stored
         state = self._reader.weight_state(self._layer)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual, MobileNetV2
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, resnet18
 from torchvision.models.vgg import make_layers
 from torchvision.ops.misc import Conv2dNormActivation
 
@@ -147,6 +147,19 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | N
 @BASELINES.register("resnet18")
 def _resnet18(shape: Shape) -> nn.Module:
     return ResNet(shape, stages=(64, 128, 256, 512), blocks=2)
+
+
+def imagenet_resnet18(num_classes: int = 1000, in_channels: int = 3) -> nn.Module:
+    """Build torchvision's ResNet-18 for images of 224x224, with its names of weights: a factory for model configs.
+
+    Args:
+        num_classes: Number of classes.
+        in_channels: Of the images.
+    """
+    model = resnet18(num_classes=num_classes)
+    if in_channels != 3:
+        model.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+    return model
 
 
 @BASELINES.register("resnet20")

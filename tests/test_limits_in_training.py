@@ -4,8 +4,10 @@ import pytest
 import torch
 from test_search import contents, make_search, space  # noqa: F401
 from torch import nn
+from torchvision.models import resnet18
 
 from ftnas.campaign import CampaignConfig, Subject, run_campaign
+from ftnas.config import read_config
 from ftnas.data import DataConfig, load
 from ftnas.faults import MiBB
 from ftnas.faults.bounds import bound_of
@@ -114,6 +116,19 @@ def test_a_start_of_another_function_or_architecture_is_refused(trained, tmp_pat
         with pytest.raises(ValueError, match=message) as caught:
             build(config, **SIZES, seed=0)
         assert "\n" not in str(caught.value)
+
+
+def test_torchvision_weights_are_a_start(tmp_path):
+    """A file as torchvision's own ResNet-18 has it, saturated on the way in."""
+    torch.save(resnet18(num_classes=10).state_dict(), tmp_path / "resnet18.pth")
+    shipped = read_config("finetune-resnet18-saturated", [f"train.models.tanh.start={tmp_path / 'resnet18.pth'}"])
+    model = build(shipped.train.models["tanh"], num_classes=10, in_channels=3, image_size=32, seed=0).eval()
+    weights = torch.load(tmp_path / "resnet18.pth", weights_only=True)
+    assert torch.equal(model.state_dict()["layer4.1.conv2.weight"], weights["layer4.1.conv2.weight"])
+    assert len(saturations(model)) == 21
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    with pytest.raises(ValueError, match=r"'fc.weight' should be \[7, 512\], got \[10, 512\]"):
+        build(shipped.train.models["tanh"], num_classes=7, in_channels=3, image_size=32, seed=0)
 
 
 def test_adamw_takes_no_momentum():

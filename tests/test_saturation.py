@@ -270,3 +270,21 @@ def test_mistakes_are_one_line():
             ftnas.saturate(model, "tanh", layers="0")
         with pytest.raises(ValueError, match="inside inject"):
             ftnas.unsaturate(model)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2.0 * weight
+
+
+def test_a_parametrization_of_the_models_own_comes_before_the_memory():
+    model, plain = create(chain), create(chain)
+    torch.nn.utils.parametrize.register_parametrization(model[3], "weight", Doubled())
+    ftnas.saturate(model, "tanh", layers="3")
+    before = snapshot(model)
+    with torch.no_grad(), inject(model, quantization=FixedPoint()):
+        model(images())
+        assert torch.equal(model[3].weight, rounded(2.0 * plain[3].weight).tanh())
+    assert snapshot(model) == before
+    with pytest.raises(ValueError, match="layer '3' has a parametrization of its own"):
+        ftnas.unsaturate(model)

@@ -15,11 +15,12 @@ from ftnas.faults.hardware import Hardware
 from ftnas.models import ModelConfig
 from ftnas.pool import PoolConfig
 from ftnas.protection import ProtectionConfig
+from ftnas.recipe import TrainConfig
 from ftnas.search import SearchConfig
 from ftnas.settings import Count, Settings, parse
 from ftnas.shipped import find_file, shipped_names
 from ftnas.single import SingleFaultConfig
-from ftnas.train import TrainConfig, check_alpha
+from ftnas.train import check_alpha
 from ftnas.tuning import AshaConfig
 
 FOLDER = "configs"

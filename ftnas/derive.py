@@ -14,11 +14,12 @@ from ftnas.evaluate import Score, score
 from ftnas.faults.bounds import Limits
 from ftnas.faults.hardware import Hardware
 from ftnas.progress import say, track
+from ftnas.recipe import SgdConfig, TrainConfig
 from ftnas.rng import isolated, seed_for
 from ftnas.rundir import Folder
 from ftnas.settings import Count, Settings
 from ftnas.space import Genotype, Space, Supernet, build_network
-from ftnas.train import SgdConfig, TrainConfig, fit
+from ftnas.train import fit
 
 WINNER = "genotype.json"
 RANKING = "ranking.json"

@@ -21,11 +21,12 @@ from ftnas.plots import draw_genotype, pixels
 from ftnas.pool import PoolConfig
 from ftnas.progress import say, track
 from ftnas.ranks import Ranks
+from ftnas.recipe import SgdConfig
 from ftnas.rng import generator, isolated, seed_for
 from ftnas.rundir import Folder
 from ftnas.settings import Count, Rate
 from ftnas.space import Genotype, Space, Supernet, load_space
-from ftnas.train import CHECKPOINT, FaultTolerantLoss, SgdConfig, check_alpha, descend, finite_means
+from ftnas.train import CHECKPOINT, FaultTolerantLoss, check_alpha, descend, finite_means
 from ftnas.workers import open_pool
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from ftnas.data import DataConfig, ImageSet, stratified_split
 from ftnas.faults.hardware import Hardware
 from ftnas.models import build_spec, resolved_spec, save_model
 from ftnas.progress import say
+from ftnas.recipe import TrainConfig
 from ftnas.rundir import Folder
-from ftnas.train import TrainConfig, clean_accuracy, fit, fit_by_rate_protocol, rate_folder
+from ftnas.train import clean_accuracy, fit, fit_by_rate_protocol, rate_folder
 
 MODEL = "model.pt"
 STOPPED = "stopped.json"

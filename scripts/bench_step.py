@@ -36,10 +36,11 @@ from ftnas.faults import AdSAF, Injection, MiBB, drawing, injection
 from ftnas.faults.hardware import Hardware
 from ftnas.heap import keep_memory
 from ftnas.quantize import FixedPoint
+from ftnas.recipe import SgdConfig
 from ftnas.rng import generator, isolated
 from ftnas.space import Genotype, Supernet, build_network, load_space
 from ftnas.space.supernet import copy_path
-from ftnas.train import FaultTolerantLoss, SgdConfig, descend
+from ftnas.train import FaultTolerantLoss, descend
 
 Step = Callable[[Genotype], None]
 SGD = SgdConfig(batch_size=1, lr=0.01, weight_decay=1e-4)

@@ -25,9 +25,10 @@ import torch
 from ftnas.faults import AdSAF
 from ftnas.faults.hardware import Hardware
 from ftnas.heap import keep_memory
+from ftnas.recipe import SgdConfig
 from ftnas.rng import generator, isolated
 from ftnas.space import Genotype, Supernet, build_network, load_space
-from ftnas.train import FaultTolerantLoss, SgdConfig, descend
+from ftnas.train import FaultTolerantLoss, descend
 
 HARDWARE = Hardware(fault=AdSAF(cells="differential", stuck_at="max"))
 MB = 2**20

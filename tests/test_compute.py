@@ -15,9 +15,10 @@ from ftnas.compute import Compute
 from ftnas.faults import AdSAF, MiBB
 from ftnas.faults.hardware import Hardware
 from ftnas.quantize import FixedPoint, Quantization
+from ftnas.recipe import SgdConfig
 from ftnas.rng import isolated
 from ftnas.space import Genotype, Supernet, load_space
-from ftnas.train import FaultTolerantLoss, SgdConfig, descend
+from ftnas.train import FaultTolerantLoss, descend
 
 SPACE = load_space("small-8x8").resized(channels=4, cells=3)
 PLAIN = Compute()

@@ -14,9 +14,9 @@ from ftnas.faults.bounds import bound_of
 from ftnas.faults.hardware import Hardware
 from ftnas.faults.saturation import saturations
 from ftnas.models import ModelConfig, build, count, describe, load_model, save_model
+from ftnas.recipe import SgdConfig, TrainConfig
 from ftnas.rundir import RunDir
 from ftnas.settings import parse
-from ftnas.train import SgdConfig, TrainConfig
 from ftnas.trainings import Training
 
 SIZES = {"num_classes": 10, "in_channels": 1, "image_size": 8}

@@ -8,9 +8,10 @@ from torch import nn
 from ftnas.data import DataConfig, load
 from ftnas.faults import MiBB
 from ftnas.faults.hardware import Hardware
+from ftnas.recipe import TrainConfig
 from ftnas.rng import isolated
 from ftnas.rundir import RunDir
-from ftnas.train import CHECKPOINT, FaultTolerantLoss, TrainConfig, clean_accuracy, fit, fit_by_rate_protocol
+from ftnas.train import CHECKPOINT, FaultTolerantLoss, clean_accuracy, fit, fit_by_rate_protocol
 
 HARDWARE = Hardware(fault=MiBB(mac_error_rate=0.01), layers=None)
 

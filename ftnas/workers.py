@@ -261,7 +261,7 @@ def start_ray(address: str | None, *, cpus: int) -> Callable[[], None]:
             shutil.rmtree(folder, ignore_errors=True)
 
     try:
-        with _time_limit(START_LIMIT_S):
+        with _time_limit(START_LIMIT_S), _own_signal(signal.SIGTERM):
             ray.init(**options, **quiet)
     except BaseException as error:
         stop()
@@ -306,6 +306,17 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def _own_signal(number: signal.Signals) -> Iterator[None]:
+    """Keep this process's answer to a signal, where Ray would put one that ends it without closing anything."""
+    before = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(number, before)
 
 
 def _end_children(folder: str) -> None:

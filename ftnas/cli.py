@@ -19,6 +19,7 @@ import ftnas
 
 if TYPE_CHECKING:
     from ftnas.config import RunConfig
+    from ftnas.nodes.study import NodesConfig
     from ftnas.pipeline import Pipeline
     from ftnas.rundir import RunDir
 
@@ -190,6 +191,48 @@ def configs_command() -> None:
     from ftnas.listing import list_configs
 
     list_configs()
+
+
+@cli.group("nodes")
+def nodes_group() -> None:
+    """Split a network over physical nodes that may be down (configs/nodes/*.yaml)."""
+
+
+def _nodes_command(name: str) -> Callable[[Callable[[NodesConfig, RunDir], None]], click.Command]:
+    """Make a function of a study of nodes and its run folder a command; a folder of the same config goes on."""
+
+    def make(body: Callable[[NodesConfig, RunDir], None]) -> click.Command:
+        def command(config: str, out: Path | None) -> None:
+            from ftnas.nodes.study import open_study
+
+            study, run = open_study(config, out)
+            with run:
+                body(study, run)
+
+        command.__doc__ = body.__doc__
+        with_out = click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/NAME]")
+        return nodes_group.command(name)(click.argument("config")(with_out(command)))
+
+    return make
+
+
+@_nodes_command("train")
+def nodes_train_command(study: NodesConfig, run: RunDir) -> None:
+    """Train each variant of CONFIG from each seed; what is trained already stays."""
+    from ftnas.nodes.study import train_all
+
+    train_all(study, run)
+    click.echo(f"written to {run.path}")
+
+
+@_nodes_command("evaluate")
+def nodes_evaluate_command(study: NodesConfig, run: RunDir) -> None:
+    """Evaluate the trained variants of CONFIG over every pattern of failures; print the table."""
+    from ftnas.nodes.study import evaluate_all, table
+
+    text = table(study, evaluate_all(study, run))
+    run.write_text("table.md", text)
+    click.echo(text)
 
 
 def main() -> None:

@@ -1,0 +1,57 @@
+"""Sequential models to split: the MLP and the MobileNet-V1 of ResiliNet."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from ftnas import baselines
+from ftnas.settings import Count, Positive, Settings
+
+
+class SplitModel(Settings):
+    """A model as a list of blocks.
+
+    Attributes:
+        name: ``mlp`` (``hidden`` layers of ``units`` with ReLU, then the output layer: hidden + 1 blocks) or
+            ``mobilenet_v1`` (the first convolution, 13 stacked layers, then what comes after them).
+        hidden: Of ``mlp`` only.
+        units: Of ``mlp`` only.
+        width: Of ``mobilenet_v1`` only: the multiplier of its channels.
+    """
+
+    name: Literal["mlp", "mobilenet_v1"]
+    hidden: Count = 10
+    units: Count = 250
+    width: Positive = 0.75
+
+    def blocks(self, shape: tuple[int, ...], *, num_classes: int) -> nn.Sequential:
+        """Build the blocks for samples of a shape; the caller seeds the initialisation."""
+        if self.name == "mobilenet_v1":
+            model = baselines.create("mobilenet_v1", num_classes=num_classes, in_channels=shape[0], width=self.width)
+            return flat(model)
+        features = 1
+        for size in shape:
+            features *= size
+        layers = []
+        for position in range(self.hidden):
+            first = [nn.Flatten()] if position == 0 else []
+            linear = nn.Linear(features if position == 0 else self.units, self.units)
+            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+            layers.append(nn.Sequential(*first, linear, nn.ReLU()))
+        return nn.Sequential(*layers, nn.Linear(self.units, num_classes))
+
+
+def flat(model: nn.Module) -> nn.Sequential:
+    """Return the children of a sequential model as blocks; those of its sequential children one by one.
+
+    Raises:
+        ValueError: The model is not sequential.
+    """
+    if not isinstance(model, nn.Sequential):
+        raise ValueError(f"only a sequential model can be split by blocks, got {type(model).__name__}; wrap it in one")
+    blocks: list[nn.Module] = []
+    for child in model:
+        blocks += list(child) if isinstance(child, nn.Sequential) else [child]
+    return nn.Sequential(*blocks)

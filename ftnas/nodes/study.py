@@ -28,7 +28,7 @@ CHUNK = 256
 
 
 class Variant(Settings):
-    """One way to train and run the split network. ``failout`` of ``resilinet`` only."""
+    """One way to train and run the split network. ``resilinet`` needs ``failout``, ``dfg`` may have it, ``vanilla`` not."""
 
     mode: Mode
     failout: Failout | None = None
@@ -37,8 +37,10 @@ class Variant(Settings):
 
     @model_validator(mode="after")
     def _effective(self) -> Variant:
-        if (self.mode == "resilinet") != (self.failout is not None):
-            raise ValueError(f"failout belongs to mode resilinet, and to it alone; got mode {self.mode}")
+        if self.mode == "vanilla" and self.failout is not None:
+            raise ValueError("failout has no effect on mode vanilla, nothing bypasses its nodes; leave it out")
+        if self.mode == "resilinet" and self.failout is None:
+            raise ValueError("mode resilinet needs failout; give its rate, e.g. failout: {rate: 0.05}")
         return self
 
 

@@ -28,7 +28,7 @@ CHUNK = 256
 
 
 class Variant(Settings):
-    """One way to train and run the split network. ``resilinet`` needs ``failout``, ``dfg`` may have it, ``vanilla`` not."""
+    """One way to train and run the network: `resilinet` needs ``failout``, `dfg` may have it, `vanilla` not."""
 
     mode: Mode
     failout: Failout | None = None

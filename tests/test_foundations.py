@@ -6,6 +6,8 @@ import hashlib
 import platform
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,6 +157,8 @@ def test_import_loads_nothing_heavy_and_seeds_nothing():
 
 USE = """
 import sys
+import tomllib
+from pathlib import Path
 import torch
 torch.manual_seed(1234)
 state = torch.get_rng_state()
@@ -194,3 +198,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         for way in ("keep", "usual")
     )
     assert kept < 0.2 * usual and usual > 1000, (kept, usual)
+
+
+def test_every_package_is_in_the_wheel():
+    root = Path(__file__).parents[1]
+    listed = set(tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {".".join(path.parent.relative_to(root).parts) for path in (root / "ftnas").rglob("__init__.py")}
+    for folder, name in (("configs", "_configs"), ("search_spaces", "_search_spaces")):
+        holders = {path.parent.relative_to(root / folder) for path in (root / folder).rglob("*.*") if path.is_file()}
+        found |= {".".join(["ftnas", name, *holder.parts]) for holder in holders}
+    assert listed == found

@@ -113,7 +113,7 @@ class FixedPoint(Settings):
         lsb = self._given_lsb() or _lsb_for(max(-low, high), self.bits)
         grid = self._grid(torch.tensor(lsb, device=x.device))
         if grid.lo <= round(low / lsb) and round(high / lsb) <= grid.hi:
-            return Rounded(torch.mul(values, 1.0 / lsb, out=out).round_().mul_(lsb), None, grid)
+            return Rounded(_to_multiples(values, lsb, self.bits, out=out), None, grid)
         return Rounded(*round_to_grid(values, grid, need_inside=need_inside, out=out), grid)
 
     def _grid(self, lsb: Tensor) -> Grid:
@@ -214,6 +214,18 @@ def round_to_grid(
     clamped = integers.clamp(grid.lo, grid.hi)
     inside = clamped == integers
     return torch.mul(clamped, grid.lsb, out=integers), inside
+
+
+def _to_multiples(x: Tensor, lsb: float, bits: int, *, out: Tensor | None) -> Tensor:
+    """Round values that no word of ``bits`` clamps to multiples of ``lsb``, a power of two, half to even.
+
+    Between 2^23 lsb and 2^24 lsb neighbouring float32 numbers are lsb apart: adding 1.5 * 2^23 lsb rounds to the
+    multiple, and taking it away again is exact. Two passes for three; the zero that it gives is never negative.
+    """
+    if x.dtype != torch.float32 or bits > 22 or not 2.0**-100 < lsb < 2.0**100:
+        return torch.mul(x, 1.0 / lsb, out=out).round_().mul_(lsb)
+    shift = 1.5 * 2.0**23 * lsb
+    return torch.add(x, shift, out=out).sub_(shift)
 
 
 def _lsb_for(largest: float, bits: int) -> float:

@@ -3,8 +3,9 @@
 A step of the shared weights trains one random genotype of the space on one batch, a step of the controller scores one.
 Plain: one forward, no fixed point, no faults. Fault-tolerant: a clean and a faulty forward, weights and features
 quantized in both. All variants take turns on the same genotype and images in every round, each with a supernet of its
-own, and a ratio is the median over the rounds of the ratio within a round, so that whatever else the machine does
-hits them alike. `discrete` is the plain step of the genotype's discrete network.
+own. The time of a step in a round is the shortest of several repeats, and a ratio is the median over the rounds of the
+ratio within a round, so that whatever else the machine does hits little, and all alike. `discrete` is the plain step of
+the genotype's discrete network.
 
     python scripts/bench_step.py --json step.json
     python scripts/bench_step.py --cells 5 --channels 8 --batch 16 --size 16 --rounds 5 --profile
@@ -64,6 +65,7 @@ class Bench:
     batch: int
     size: int
     rounds: int
+    repeats: int
 
 
 class Bed:
@@ -135,21 +137,25 @@ class Bed:
         return step
 
 
-def measure(bed: Bed, rounds: int) -> dict[str, list[float]]:
-    """Return the CPU seconds of each step in every round; the first round warms up and does not count."""
+def measure(bed: Bed, rounds: int, repeats: int) -> dict[str, list[float]]:
+    """Return the CPU seconds of each step in every round, the shortest of its repeats; the first round warms up."""
     times: dict[str, list[float]] = defaultdict(list)
     for number in range(rounds + 1):
         genotype = Genotype.random(bed.space, generator=bed.stream)
         steps = {**bed.steps, "discrete": bed.discrete(genotype)}
-        names = list(steps)
-        for name in names[number % len(names) :] + names[: number % len(names)]:  # none always follows the same one
-            if number == 0 or name == "discrete":  # a network that is new every round has its buffers made here
+        steps["discrete"](genotype)  # a network that is new every round has its buffers made here
+        found: dict[str, list[float]] = defaultdict(list)
+        for repeat in range(repeats if number else 1):
+            names = list(steps)
+            turn = (number + repeat) % len(names)  # none always follows the same one
+            for name in names[turn:] + names[:turn]:
+                gc.collect()
+                start = time.process_time()
                 steps[name](genotype)
-            gc.collect()
-            start = time.process_time()
-            steps[name](genotype)
-            if number > 0:
-                times[name].append(time.process_time() - start)
+                found[name].append(time.process_time() - start)
+        if number:
+            for name, each in found.items():
+                times[name].append(min(each))
     return times
 
 
@@ -230,18 +236,19 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=5, help="genotypes, each stepped once by every variant (default: 5)"
     )
+    parser.add_argument("--repeats", type=int, default=3, help="steps of each variant per genotype (default: 3)")
     parser.add_argument("--fault", choices=sorted(HARDWARE), action="append", help="may be given again (default: both)")
     parser.add_argument("--profile", action="store_true", help="also print the share of each part of a step")
     parser.add_argument("--json", type=Path, help="file for the result; it is printed as well")
     options = parser.parse_args()
-    bench = Bench(options.cells, options.channels, options.batch, options.size, options.rounds)
+    bench = Bench(options.cells, options.channels, options.batch, options.size, options.rounds, options.repeats)
     torch.set_num_threads(1)
     keep_memory()
     results: dict[str, Any] = {}
     for name in options.fault or ["mibb", "adsaf"]:
         with contextlib.ExitStack() as stack:
             bed = Bed(name, bench, stack)
-            times = measure(bed, bench.rounds)
+            times = measure(bed, bench.rounds, bench.repeats)
             results[name] = {"ratios": ratios(times), "targets": TARGETS[name],
                              "median_s": {step: statistics.median(each) for step, each in times.items()}}  # fmt: skip
             if options.profile:

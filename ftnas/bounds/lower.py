@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from ftnas.bounds.ops import Activation, Add, Affine, Average, Concat, Constant, MaxPool, Move, Op, Scale, Window
 from ftnas.bounds.trace import BATCH, label
@@ -125,7 +126,8 @@ def _affine(name: str, module: nn.Linear | nn.Conv2d) -> Affine:
             raise ValueError(f"layer {name!r} pads by {module.padding_mode!r}; only zeros are bounded")
         padding = module.padding if isinstance(module.padding, str) else _pair(module.padding)
         window = Window(_pair(module.stride), padding, _pair(module.dilation), module.groups)
-    return Affine(weight, bias, window, weight, torch.ones_like(bias))
+    stored = None if parametrize.is_parametrized(module, "weight") else weight
+    return Affine(weight, bias, window, stored, torch.ones_like(bias))
 
 
 def _norm(name: str, module: nn.BatchNorm1d | nn.BatchNorm2d, dims: int) -> Scale:

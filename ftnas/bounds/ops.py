@@ -75,14 +75,14 @@ class Affine(Op):
         weight: float64 [out, in] or [out, in / groups, kh, kw], folded.
         bias: float64 [out].
         window: Of a convolution; None for a Linear.
-        stored: The weight as it is stored, before folding.
+        stored: The weight as it is stored, before folding; None where a function bounds it after it is read.
         scale: float64 [out], the factor of the BatchNorm; ones without.
     """
 
     weight: Tensor
     bias: Tensor
     window: Window | None
-    stored: Tensor
+    stored: Tensor | None
     scale: Tensor
 
     def apply(self, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -202,24 +202,50 @@ def _nodes_command(name: str) -> Callable[[Callable[[NodesConfig, RunDir], None]
     """Make a function of a study of nodes and its run folder a command; a folder of the same config goes on."""
 
     def make(body: Callable[[NodesConfig, RunDir], None]) -> click.Command:
-        def command(config: str, out: Path | None) -> None:
+        def command(
+            config: str,
+            overrides: tuple[str, ...],
+            out: Path | None,
+            kill: tuple[str, ...] = (),
+            hang: tuple[str, ...] = (),
+        ) -> None:
             from ftnas.nodes.study import open_study
 
-            study, run = open_study(config, out)
+            short = [_at(text, key) for key, texts in (("kill", kill), ("hang", hang)) for text in texts]
+            study, run = open_study(config, out, overrides=[*overrides, *short])
             with run:
-                body(study, run)
+                try:
+                    body(study, run)
+                except KeyboardInterrupt:
+                    click.echo(f"\ninterrupted; the same command goes on in {run.path}", err=True)
+                    raise SystemExit(130) from None
 
         command.__doc__ = body.__doc__
-        with_out = click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/NAME]")
-        return nodes_group.command(name)(click.argument("config")(with_out(command)))
+        command = click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/NAME]")(
+            command
+        )
+        if name == "run":
+            for key, what in (("hang", "Stop"), ("kill", "Kill")):
+                text = f"{what} the process of a node before an image; short for live.{key}.NODE=IMAGE."
+                command = click.option(f"--{key}", multiple=True, metavar="NODE@IMAGE", help=text)(command)
+        command = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")(command)
+        return nodes_group.command(name)(click.argument("config")(command))
 
     return make
+
+
+def _at(text: str, key: str) -> str:
+    """Turn ``n2@100`` into the override that it is short for."""
+    node, at, image = text.rpartition("@")
+    if not at or not node or not image.isdigit():
+        raise ValueError(f"--{key} is written NODE@IMAGE, e.g. n2@100, got {text!r}")
+    return f"live.{key}.{node}={image}"
 
 
 @_nodes_command("train")
 def nodes_train_command(study: NodesConfig, run: RunDir) -> None:
     """Train each variant of CONFIG from each seed; what is trained already stays."""
-    from ftnas.nodes.study import train_all
+    from ftnas.nodes.fitting import train_all
 
     train_all(study, run)
     click.echo(f"written to {run.path}")
@@ -228,11 +254,26 @@ def nodes_train_command(study: NodesConfig, run: RunDir) -> None:
 @_nodes_command("evaluate")
 def nodes_evaluate_command(study: NodesConfig, run: RunDir) -> None:
     """Evaluate the trained variants of CONFIG over every pattern of failures; print the table."""
-    from ftnas.nodes.study import evaluate_all, table
+    from ftnas.nodes.measuring import evaluate_all, table
 
     text = table(study, evaluate_all(study, run))
     run.write_text("table.md", text)
     click.echo(text)
+
+
+@_nodes_command("run")
+def nodes_run_command(study: NodesConfig, run: RunDir) -> None:
+    """Run a trained variant of CONFIG for real: each node a process, images streamed through them.
+
+    \b
+    Examples:
+      ftnas nodes run digits-mlp
+      ftnas nodes run digits-mlp --kill n2@100 live.time_limit_s=2
+      ftnas nodes run digits-mlp --hang n1@50 live.variant=dfg live.images=null
+    """  # noqa: D301 - click reads the backspace as "do not wrap"
+    from ftnas.nodes.stream import run_live
+
+    click.echo(run_live(study, run))
 
 
 def main() -> None:

@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from ftnas.campaign import CampaignConfig
 from ftnas.data import DataConfig
 from ftnas.faults.hardware import Hardware
 from ftnas.models import ModelConfig
+from ftnas.overrides import read_data
 from ftnas.pool import PoolConfig
 from ftnas.protection import ProtectionConfig
 from ftnas.recipe import TrainConfig
 from ftnas.search import SearchConfig
 from ftnas.settings import Count, Settings, parse
-from ftnas.shipped import find_file, shipped_names
+from ftnas.shipped import shipped_names
 from ftnas.single import SingleFaultConfig
 from ftnas.train import check_alpha
 from ftnas.tuning import AshaConfig
@@ -180,17 +180,7 @@ def read_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
     Raises:
         ValueError: One line: the file, key or value that is wrong, and the nearest right one.
     """
-    path = find_file(name_or_path, FOLDER, ".yaml", kind="config")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected keys and values, got {type(data).__name__}")
-    data.pop("x-shared", None)  # a place for YAML anchors
-    for override in overrides:
-        _override(data, override)
-    return config_from(data)
+    return config_from(read_data(name_or_path, overrides, folder=FOLDER))
 
 
 def config_from(data: Mapping[str, Any]) -> RunConfig:
@@ -216,38 +206,3 @@ def with_workers(config: RunConfig, workers: int | None, *, threads: int | None)
     address = config.pool.address if workers else None
     pool = {"workers": workers, "threads": config.pool.threads or threads, "address": address}
     return config_from({**config.model_dump(mode="json"), "pool": pool})
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    """Set one ``key.path=value`` in place; intermediate sections are made where they are missing."""
-    path, equals, text = override.partition("=")
-    keys = path.split(".")
-    if not equals or not all(keys):
-        raise ValueError(f"an override is written key.path=value, got {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"{path}: the value is not valid YAML, got {text!r}") from None
-    section: Any = data
-    for index, key in enumerate(keys):
-        last = index == len(keys) - 1
-        if isinstance(section, list):
-            if not key.isdigit() or int(key) >= len(section):
-                raise ValueError(f"{path}: {key!r} is not an index into a list of {len(section)}")
-            position: Any = int(key)
-        elif isinstance(section, dict):
-            position = key
-        else:
-            raise ValueError(f"{path}: {'.'.join(keys[:index])} is a value, not a section")
-        if last:
-            section[position] = value
-        elif isinstance(section, dict):
-            # copied, so that an override never reaches a second section through a YAML anchor
-            inner = section.get(position)
-            section[position] = (
-                dict(inner) if isinstance(inner, dict) else list(inner) if isinstance(inner, list) else {}
-            )
-            section = section[position]
-        else:
-            section[position] = dict(section[position]) if isinstance(section[position], dict) else section[position]
-            section = section[position]

@@ -8,17 +8,9 @@ from click.testing import CliRunner
 from ftnas.cli import cli
 from ftnas.data import load
 from ftnas.nodes import Failout
-from ftnas.nodes.study import (
-    NodesConfig,
-    Variant,
-    build,
-    evaluate_all,
-    fit,
-    open_study,
-    read_nodes_config,
-    table,
-    train_all,
-)
+from ftnas.nodes.fitting import build, fit, train_all
+from ftnas.nodes.measuring import evaluate_all, table
+from ftnas.nodes.study import NodesConfig, Variant, open_study, read_nodes_config
 from ftnas.settings import parse
 
 SMALL = {

@@ -254,11 +254,10 @@ def nodes_train_command(study: NodesConfig, run: RunDir) -> None:
 @_nodes_command("evaluate")
 def nodes_evaluate_command(study: NodesConfig, run: RunDir) -> None:
     """Evaluate the trained variants of CONFIG over every pattern of failures; print the table."""
-    from ftnas.nodes.measuring import evaluate_all, table
+    from ftnas.nodes.measuring import report
 
-    text = table(study, evaluate_all(study, run))
-    run.write_text("table.md", text)
-    click.echo(text)
+    click.echo(report(study, run))
+    click.echo(f"table.md, plot.png and plot.svg are in {run.path}")
 
 
 @_nodes_command("run")

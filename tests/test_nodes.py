@@ -33,6 +33,7 @@ EXPECTED = {
     "vanilla": {(): 30.0, ("a",): None, ("b",): None, ("a", "b"): None, ("c",): None},
     # b = 3(2 + 1) = 9, c = 5(9 + 2); a down: b = 3, c = 15; b down: c = 5 * 2
     "dfg": {(): 55.0, ("a",): 15.0, ("b",): 10.0, ("a", "b"): None, ("c",): None},
+    "on_failure": {(): 30.0, ("a",): 15.0, ("b",): 10.0, ("a", "b"): None, ("c",): None},
     "resilinet": {(): 30.0, ("a",): 15.0, ("b",): 10.0, ("a", "b"): None, ("c",): None},
 }
 
@@ -48,6 +49,7 @@ def test_answers_by_hand(mode):
 
 def test_resilinet_trains_with_all_skips():
     assert split("resilinet").train()(torch.ones(1, 1)).item() == 55.0
+    assert split("on_failure").train()(torch.ones(1, 1)).item() == 30.0
 
 
 def test_weights_scale_each_hyperconnection():

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from ftnas.cli import cli
 from ftnas.data import load
 from ftnas.nodes import Failout
-from ftnas.nodes.fitting import build, fit, train_all
+from ftnas.nodes.fitting import Fit, build, split, train_all, trained
 from ftnas.nodes.measuring import evaluate_all, table
 from ftnas.nodes.study import NodesConfig, Variant, open_study, read_nodes_config
 from ftnas.settings import parse
@@ -30,6 +30,13 @@ SMALL = {
     "variants": {"vanilla": {"mode": "vanilla"}, "resilinet": {"mode": "resilinet", "failout": {"rate": 0.2}}},
     "epochs": 2,
     "batch_size": 64,
+}
+
+
+ONE = {
+    "seeds": 1,
+    "variants": {"resilinet": SMALL["variants"]["resilinet"]},
+    "selection": {"share": 0.25, "setting": "normal"},
 }
 
 
@@ -56,8 +63,9 @@ def test_train_and_evaluate_from_the_command_line_and_again(tmp_path):
     assert result.exit_code == 0 and "| vanilla |" in result.output and "(guess)" in result.output
     records = (tmp_path / "run" / "records.jsonl").read_bytes()
     assert records.count(b"\n") == 2 * 2 * 8
-    assert "trained" not in runner.invoke(cli, ["nodes", "train", config, "--out", out]).output
+    assert "epochs" not in runner.invoke(cli, ["nodes", "train", config, "--out", out]).output
     assert runner.invoke(cli, ["nodes", "evaluate", config, "--out", out]).output == result.output
+    assert (tmp_path / "run" / "plot.png").stat().st_size > 10_000
     assert (tmp_path / "run" / "resilinet-1.pt").stat().st_mtime_ns == first
     assert (tmp_path / "run" / "records.jsonl").read_bytes() == records
     other = runner.invoke(cli, ["nodes", "train", write(tmp_path / "d.yaml", epochs=3), "--out", out])
@@ -82,8 +90,92 @@ def test_batches_without_information_change_nothing(tmp_path):
     failout = Failout(rate=1.0)  # a and b are always down: nothing ever reaches c
     network = build(config, Variant(mode="resilinet", failout=failout), images, seed=0)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    assert fit(network, images, config, failout=failout, seed=0) == 2 * 4
+    assert Fit(network, config, images, failout=failout, seed=0).run().left_out == 2 * 4
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_an_interrupted_training_goes_on_to_the_same_model(tmp_path, monkeypatch):
+    config, whole = open_study(write(tmp_path / "c.yaml", **ONE, epochs=4), tmp_path / "whole")
+    _, cut = open_study(tmp_path / "c.yaml", tmp_path / "cut")
+    with whole, cut:
+        train_all(config, whole)
+        epoch, done = Fit._epoch, []
+
+        def stop(fit):
+            if len(done) == 2:
+                raise KeyboardInterrupt
+            done.append(epoch(fit))
+            return done[-1]
+
+        monkeypatch.setattr(Fit, "_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_all(config, cut, checkpoint_every_s=0.0)
+        monkeypatch.setattr(Fit, "_epoch", lambda fit: done.append(fit.progress.epoch) or epoch(fit))
+        train_all(config, cut, checkpoint_every_s=0.0)
+        assert done[2:] == [2, 3]
+        states = [run.load("resilinet-0.pt") for run in (whole, cut)]
+        assert not list(cut.path.glob("*.part.pt"))
+    assert all(torch.equal(value, states[1]["state"][name]) for name, value in states[0]["state"].items())
+    assert states[0]["epoch"] == states[1]["epoch"] and states[0]["left_out"] == states[1]["left_out"]
+
+
+def test_the_best_epoch_on_validation_images_is_kept(tmp_path):
+    config = read_nodes_config(write(tmp_path / "c.yaml", **ONE, epochs=4))
+    images, validation = split(config)
+    assert (len(images), len(validation)) == (192, 64)
+    failout = config.variants["resilinet"].failout
+    rates = config.settings["normal"]
+    scores, states = [], []
+
+    def look(fit, _):
+        with torch.no_grad():  # the average, in the plainest way
+            fit.network.eval()
+            inputs, labels = next(validation.batches(64))
+            score = 0.0
+            for a in (0, 1):
+                for b in (0, 1):
+                    down = ["a"] * a + ["b"] * b
+                    logits = fit.network(inputs, down)
+                    chance = abs(1 - a - rates["a"]) * abs(1 - b - rates["b"])
+                    score += chance * (0.1 if logits is None else (logits.argmax(1) == labels).float().mean().item())
+        scores.append(score)
+        states.append({name: value.clone() for name, value in fit.network.state_dict().items()})
+
+    network = build(config, config.variants["resilinet"], images, seed=0)
+    progress = Fit(network, config, images, validation=validation, failout=failout, seed=0).run(look)
+    best = scores.index(max(scores))
+    assert progress.kept == best + 1 and progress.score == pytest.approx(max(scores), abs=1e-6)
+    assert all(torch.equal(value, states[best][name]) for name, value in network.state_dict().items())
+
+
+def test_variants_that_run_the_models_of_another(tmp_path):
+    skips = SMALL["partition"]["skips"]
+    others = {
+        "always": {"mode": "dfg", "models": "resilinet"},
+        "first": {"mode": "resilinet", "models": "resilinet", "skips": skips[:1]},
+        "none": {"mode": "dfg", "models": "resilinet", "skips": []},
+        "survival": {"mode": "resilinet", "models": "resilinet", "survival": True},
+    }
+    config, run = open_study(write(tmp_path / "c.yaml", seeds=1, variants=SMALL["variants"] | others), tmp_path / "run")
+    images = load(config.data, "test")
+    inputs, _ = next(images.batches(32))
+    with run:
+        train_all(config, run)
+        assert len(list(run.path.glob("*.pt"))) == 2
+        net = {name: trained(config, name, images, seed=0, folder=run) for name in config.variants}
+    with torch.no_grad():
+        for down in ((), ("a",), ("b",)):
+            assert (net["first"](inputs, down) is None) == (down == ("b",))
+            assert (net["none"](inputs, down) is None) == (down != ())
+        assert torch.equal(net["none"](inputs), net["resilinet"](inputs))
+        assert torch.equal(net["first"](inputs, ("a",)), net["resilinet"](inputs, ("a",)))
+        assert torch.equal(net["always"](inputs, ("a",)), net["resilinet"](inputs, ("a",)))
+        assert not torch.equal(net["always"](inputs), net["resilinet"](inputs))
+        # by hand, without failures: failout left a and b alive with probability 0.8 each; the input never fails
+        a, b, c = net["survival"].nodes
+        torch.testing.assert_close(net["survival"](inputs), c(0.8 * b(0.8 * a(inputs))))
+    for name in ("resilinet", "survival"):
+        assert net[name].weights == pytest.approx([1.0, 0.8, 0.8, 1.0, 0.8] if name == "survival" else [1.0] * 5)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +185,14 @@ def test_batches_without_information_change_nothing(tmp_path):
         ({"settings": {"normal": {"a": 1.1, "b": 0, "c": 0}}}, "less than or equal to 1"),
         ({"variants": {"v": {"mode": "vanilla", "failout": {"rate": 0.1}}}}, "no effect on mode vanilla"),
         ({"variants": {"v": {"mode": "resilinet"}}}, "needs failout"),
+        ({"variants": {"v": {"mode": "on_failure"}}}, "needs failout"),
+        ({"variants": {"v": {"mode": "dfg", "models": "w"}}}, "no trained variant 'w'"),
+        ({"variants": {"v": {"mode": "dfg", "models": "v"}}}, "no trained variant 'v'"),
+        ({"variants": {"v": {"mode": "dfg", "survival": True}}}, "no effect without failout"),
+        ({"variants": {"v": {"mode": "dfg", "skips": []}}}, "is mode vanilla"),
+        ({"variants": {"v": {"mode": "dfg", "skips": [{"source": "input", "to": "c"}]}}}, "no skip input -> c; it has"),
+        ({"selection": {"setting": "norml"}}, "did you mean 'normal'"),
+        ({"selection": {"share": 0}}, "greater than 0"),
     ],
 )
 def test_bad_configs_are_one_line(changed, message):

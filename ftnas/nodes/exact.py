@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
 from math import prod
@@ -53,7 +53,11 @@ def probability(down: Sequence[str], *, failure_rates: Mapping[str, float]) -> f
 
 @torch.no_grad()
 def evaluate(
-    network: SplitNetwork, batches: Iterable[tuple[Tensor, Tensor]], *, num_classes: int
+    network: SplitNetwork,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    num_classes: int,
+    never_down: Collection[str] = (),
 ) -> list[PatternAccuracy]:
     """Measure the accuracy of a network under each pattern of failures.
 
@@ -61,11 +65,12 @@ def evaluate(
         network: Evaluated in evaluation mode; its mode is put back.
         batches: Inputs float [B, *shape] and labels int64 [B].
         num_classes: For the random guess.
+        never_down: Nodes whose failure is not measured; their patterns are left out.
 
     Raises:
         ValueError: There are no images.
     """
-    which = patterns(network.partition)
+    which = [down for down in patterns(network.partition) if not set(down) & set(never_down)]
     was_training = network.training
     network.eval()
     try:
@@ -90,14 +95,15 @@ def average(results: Sequence[PatternAccuracy], *, failure_rates: Mapping[str, f
     """Return the exact expected accuracy: each pattern weighted by its probability.
 
     Args:
-        results: All 2^V patterns.
+        results: All patterns of the nodes whose rate is above 0; further ones are welcome.
         failure_rates: Of every node, in [0, 1].
 
     Raises:
         ValueError: Rates outside [0, 1], or nodes whose rates are not given.
     """
     named = {name for result in results for name in result.down}
-    if named != set(failure_rates):
+    unmeasured = {name for name, rate in failure_rates.items() if rate != 0.0} - named
+    if unmeasured or not named <= set(failure_rates):
         raise ValueError(f"a failure rate for each of {sorted(named)}, got {sorted(failure_rates)}; give each one")
     for name, rate in failure_rates.items():
         if not 0.0 <= rate <= 1.0:

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from torch.nn import functional
 
 from ftnas import rng
-from ftnas.data import ImageSet, load
+from ftnas.data import ImageSet, load, stratified_split
+from ftnas.nodes.exact import average, evaluate
 from ftnas.nodes.network import Failout, SplitNetwork
 from ftnas.nodes.study import NodesConfig, Variant, model_file
+from ftnas.progress import Tracker, say, track
 from ftnas.rundir import Folder
+
+CHECKPOINT_EVERY_S = 20.0
+CHUNK = 256
+
+State = dict[str, Any]
+
+
+@dataclass
+class Progress:
+    """Where a training is, beside network and optimizer.
+
+    Attributes:
+        epoch: Epochs done.
+        left_out: Batches left out because no information reached the top.
+        score: Validation accuracy of the epoch that is kept, in [0, 1].
+        kept: Number of that epoch, from 1; 0 for none yet.
+        best: Its weights.
+    """
+
+    epoch: int = 0
+    left_out: int = 0
+    score: float = -1.0
+    kept: int = 0
+    best: State = field(default_factory=dict)
 
 
 def build(config: NodesConfig, variant: Variant, images: ImageSet, *, seed: int) -> SplitNetwork:
-    """Build one variant; the blocks start from the same weights in all variants of a seed."""
+    """Build one variant as it is trained; the blocks start from the same weights in all variants of a seed."""
     partition = config.partition.without_skips() if variant.mode == "vanilla" else config.partition
-    links = partition.links()
+    if variant.skips is not None:
+        partition = partition.with_skips(variant.skips)
     rates = config.settings.get(variant.weights_setting, {})
     with rng.isolated(seed, "nodes", "blocks"):
         blocks = config.model.blocks(images.shape, num_classes=images.num_classes)
@@ -26,50 +58,165 @@ def build(config: NodesConfig, variant: Variant, images: ImageSet, *, seed: int)
             shape=images.shape,
             mode=variant.mode,
             matching=config.matching,
-            weights=variant.weights.weights(links, failure_rates=rates, seed=seed),
+            weights=variant.weights.weights(partition.links(), failure_rates=rates, seed=seed),
         )
 
 
-def fit(network: SplitNetwork, images: ImageSet, config: NodesConfig, *, failout: Failout | None, seed: int) -> int:
-    """Train by Adam on the cross-entropy, the nodes of a mask per batch shut down.
+def trained(config: NodesConfig, name: str, images: ImageSet, *, seed: int, folder: Folder) -> SplitNetwork:
+    """Return a trained variant as it is run, in evaluation mode; ValueError if it is not trained yet."""
+    variant, source = config.variants[name], config.trained(name)
+    assert source is not None
+    file = model_file(variant.models or name, seed)
+    if not folder.file(file).exists():
+        raise ValueError(f"{variant.models or name}, seed {seed} is not trained yet; run ftnas nodes train first")
+    network = build(config, source, images, seed=seed)
+    network.load_state_dict(folder.load(file, keys=("state",))["state"])
+    survival: dict[str, float] = {}
+    if variant.survival and source.failout is not None:
+        survival = {node: 1.0 - rate for node, rate in source.failout.rates_of(network.partition).items()}
+    network.use(variant.mode, skips=variant.skips, survival=survival)
+    return network.eval()
 
-    Returns:
-        How many batches were left out because no information reached the top.
+
+class Fit:
+    """One training by Adam on the cross-entropy, the nodes of a mask per batch shut down.
+
+    Args:
+        network: Is trained in place; at the end it holds the epoch that is kept.
+        config: Of the study.
+        images: To train on.
+        validation: To choose the epoch by; None keeps the last.
+        failout: Of the variant.
+        seed: Of batches and masks.
     """
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
-    masks = rng.generator(seed, "nodes", "failout")
-    left_out = 0
-    network.train()
-    for epoch in range(config.epochs):
-        for inputs, labels in images.batches(
-            config.batch_size, seed=seed, epoch=epoch, augment=config.augment, drop_last=True
+
+    def __init__(
+        self,
+        network: SplitNetwork,
+        config: NodesConfig,
+        images: ImageSet,
+        *,
+        validation: ImageSet | None = None,
+        failout: Failout | None,
+        seed: int,
+    ) -> None:
+        self.network, self.config, self.images, self.validation = network, config, images, validation
+        self.failout, self.seed = failout, seed
+        self.progress = Progress()
+        self._optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
+        self._masks = rng.generator(seed, "nodes", "failout")
+
+    def run(self, after_epoch: Callable[[Fit, float], None] = lambda fit, loss: None) -> Progress:
+        """Train to the end; ``after_epoch`` gets this training and the mean loss of the epoch."""
+        while self.progress.epoch < self.config.epochs:
+            loss = self._epoch()
+            self.progress.epoch += 1
+            if self.validation is not None:
+                self._keep_if_best(self.validation)
+            after_epoch(self, loss)
+        if self.validation is not None:
+            self.network.load_state_dict(self.progress.best)
+        return self.progress
+
+    def _epoch(self) -> float:
+        total, count = torch.zeros(()), 0
+        self.network.train()
+        for inputs, labels in self.images.batches(
+            self.config.batch_size,
+            seed=self.seed,
+            epoch=self.progress.epoch,
+            augment=self.config.augment,
+            drop_last=True,
         ):
-            down = failout.sample(network.partition, generator=masks) if failout else frozenset()
-            logits = network(inputs, down)
+            down = self.failout.sample(self.network.partition, generator=self._masks) if self.failout else frozenset()
+            logits = self.network(inputs, down)
             if logits is None:
-                left_out += 1
+                self.progress.left_out += 1
                 continue
-            optimizer.zero_grad(set_to_none=True)
-            functional.cross_entropy(logits, labels).backward()
-            optimizer.step()
-    return left_out
+            self._optimizer.zero_grad(set_to_none=True)
+            loss = functional.cross_entropy(logits, labels)
+            loss.backward()
+            self._optimizer.step()
+            total, count = total + loss.detach(), count + 1
+        return float(total) / max(1, count)
+
+    def _keep_if_best(self, validation: ImageSet) -> None:
+        assert self.config.selection is not None
+        rates = self.config.rates[self.config.selection.setting]
+        results = evaluate(
+            self.network,
+            validation.batches(CHUNK),
+            num_classes=validation.num_classes,
+            never_down=[name for name, rate in rates.items() if rate == 0.0],
+        )
+        score = average(results, failure_rates=rates)
+        if score > self.progress.score:
+            self.progress.score, self.progress.kept = score, self.progress.epoch
+            self.progress.best = {key: value.clone() for key, value in self.network.state_dict().items()}
+
+    def state(self) -> State:
+        """Return all that a training needs to go on as if it had never stopped."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "masks": self._masks.get_state(),
+            **vars(self.progress),
+        }
+
+    def load(self, state: State) -> None:
+        """Go on from a state."""
+        self.network.load_state_dict(state["network"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._masks.set_state(state["masks"])
+        self.progress = Progress(**{key: state[key] for key in vars(self.progress)})
 
 
-def train_all(config: NodesConfig, folder: Folder) -> None:
-    """Train every variant and seed that has no model file yet."""
+def split(config: NodesConfig) -> tuple[ImageSet, ImageSet | None]:
+    """Load the images to train on and those to choose the epoch by; the split is the same for every seed."""
     images = load(config.data, "train")
-    for name, variant in config.variants.items():
-        for seed in range(config.seed, config.seed + config.seeds):
-            if folder.file(model_file(name, seed)).exists():
-                continue
+    if config.selection is None:
+        return images, None
+    chosen, rest = stratified_split(images.labels, config.selection.share, seed=0)
+    return images.subset(rest), images.subset(chosen)
+
+
+def train_all(config: NodesConfig, folder: Folder, *, checkpoint_every_s: float = CHECKPOINT_EVERY_S) -> None:
+    """Train every variant and seed that has no model file yet; one that was interrupted goes on."""
+    own = [name for name, variant in config.variants.items() if variant.models is None]
+    wanted = [(name, seed) for name in own for seed in config.all_seeds]
+    missing = [task for task in wanted if not folder.file(model_file(*task)).exists()]
+    if not missing:
+        say("every variant is trained")
+        return
+    images, validation = split(config)
+    done = (len(wanted) - len(missing)) * config.epochs
+    with track("epochs", len(wanted) * config.epochs, done=done) as bar:
+        for name, seed in missing:
+            variant = config.variants[name]
             network = build(config, variant, images, seed=seed)
-            left_out = fit(network, images, config, failout=variant.failout, seed=seed)
-            folder.save(model_file(name, seed), {"state": network.state_dict(), "left_out": left_out})
-            print(f"trained {name}, seed {seed}; batches without information: {left_out}", flush=True)
+            fit = Fit(network, config, images, validation=validation, failout=variant.failout, seed=seed)
+            _train(fit, folder, name, bar=bar, every_s=checkpoint_every_s)
 
 
-def trained(folder: Folder, name: str, seed: int, network: SplitNetwork) -> None:
-    """Load the weights of a trained variant into its network; ValueError if it is not trained yet."""
-    if not folder.file(model_file(name, seed)).exists():
-        raise ValueError(f"{name}, seed {seed} is not trained yet; run ftnas nodes train first")
-    network.load_state_dict(folder.load(model_file(name, seed), keys=("state",))["state"])
+def _train(fit: Fit, folder: Folder, name: str, *, bar: Tracker, every_s: float) -> None:
+    part = f"{name}-{fit.seed}.part.pt"
+    saved = time.monotonic()
+
+    def after_epoch(fit: Fit, loss: float) -> None:
+        nonlocal saved
+        progress = fit.progress
+        chosen = f"  validation {100 * progress.score:.1f}% (epoch {progress.kept})" if progress.kept else ""
+        bar.advance(f"{name}, seed {fit.seed}: loss {loss:.3f}{chosen}")
+        if progress.epoch < fit.config.epochs and time.monotonic() - saved >= every_s:
+            folder.save(part, fit.state())
+            saved = time.monotonic()
+
+    if folder.file(part).exists():
+        fit.load(folder.load(part, keys=tuple(fit.state())))
+        bar.advance(f"{name}, seed {fit.seed}: goes on after epoch {fit.progress.epoch}", num=fit.progress.epoch)
+    progress = fit.run(after_epoch)
+    kept = progress.kept or fit.config.epochs
+    facts = {"left_out": progress.left_out, "epoch": kept, "validation": progress.score if progress.kept else None}
+    folder.save(model_file(name, fit.seed), {"state": fit.network.state_dict(), **facts})
+    folder.file(part).unlink(missing_ok=True)
+    folder.events("trained", variant=name, seed=fit.seed, **facts)

@@ -1,18 +1,21 @@
-"""Accuracy of trained variants over every pattern of failures, and the tables of it."""
+"""Accuracy of trained variants over every pattern of failures, with the table and the picture of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ftnas.charts import dot_rows
 from ftnas.data import load
 from ftnas.nodes.exact import PatternAccuracy, average, evaluate
-from ftnas.nodes.fitting import build, trained
-from ftnas.nodes.study import NodesConfig
+from ftnas.nodes.fitting import CHUNK, trained
+from ftnas.nodes.study import NO_FAILURE, NodesConfig
+from ftnas.plots import save
+from ftnas.progress import track
 from ftnas.rundir import Folder
-from ftnas.stats import seed_interval
+from ftnas.stats import Interval, seed_interval
 
-CHUNK = 256
+RECORDS = "records.jsonl"
 
 
 def evaluate_all(config: NodesConfig, folder: Folder) -> list[dict[str, Any]]:
@@ -24,45 +27,67 @@ def evaluate_all(config: NodesConfig, folder: Folder) -> list[dict[str, Any]]:
         ValueError: A model is not trained yet.
     """
     images = load(config.data, "test")
-    journal = folder.journal("records.jsonl")
-    per_model = 2 ** len(config.partition.nodes)
+    journal = folder.journal(RECORDS)
     records = list(journal.records())
-    for name, variant in config.variants.items():
-        for seed in range(config.seed, config.seed + config.seeds):
-            have = {tuple(r["down"]) for r in records if r["variant"] == name and r["seed"] == seed}
-            if len(have) == per_model:
-                continue
-            network = build(config, variant, images, seed=seed)
-            trained(folder, name, seed, network)
-            results = evaluate(network, images.batches(CHUNK), num_classes=images.num_classes)
-            for result in results:
-                if result.down in have:
+    have: dict[tuple[str, int], set[tuple[str, ...]]] = {}
+    for record in records:
+        have.setdefault((record["variant"], record["seed"]), set()).add(tuple(record["down"]))
+    tasks = [(name, seed) for name in config.variants for seed in config.all_seeds]
+    per_model = 2 ** len(config.partition.nodes)
+    missing = [task for task in tasks if len(have.get(task, ())) < per_model]
+    with track("models evaluated", len(tasks), done=len(tasks) - len(missing), after_s=1.0) as bar:
+        for name, seed in missing:
+            network = trained(config, name, images, seed=seed, folder=folder)
+            for result in evaluate(network, images.batches(CHUNK), num_classes=images.num_classes):
+                if result.down in have.get((name, seed), ()):
                     continue
                 record = {"variant": name, "seed": seed, "down": list(result.down), "accuracy": result.accuracy}
                 record["informed"] = result.informed
                 journal.append(record)
                 records.append(record)
+            bar.advance(f"{name}, seed {seed}")
     return records
+
+
+def averages(config: NodesConfig, records: list[dict[str, Any]]) -> dict[str, list[Interval]]:
+    """Return, by variant, the exact average accuracy in each failure setting, 95% over seeds; no failure first."""
+    found = {name: _by_seed(records, name) for name in config.variants}
+    return {
+        name: [seed_interval([_mean(seed, rates) for seed in found[name]]) for rates in config.rates.values()]
+        for name in config.variants
+    }
 
 
 def table(config: NodesConfig, records: list[dict[str, Any]]) -> str:
     """Return Markdown: average accuracy per failure setting, then accuracy per pattern, in percent, 95% over seeds."""
-    settings = {"no failure": dict.fromkeys(config.partition.parents, 0.0), **config.settings}
-    lines = _head("variant", settings)
-    for name in config.variants:
-        cells = [_cell([_mean(found, rates) for found in _by_seed(records, name)]) for rates in settings.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines = _head("variant", _shown(config))
+    for name, intervals in averages(config, records).items():
+        lines.append(f"| {name} | {' | '.join(map(_cell, intervals))} |")
     lines += ["", *_head("down", config.variants)]
     for down in _downs(records):
         cells = []
         for name in config.variants:
             rows = [found[down] for found in _by_seed(records, name)]
-            cells.append(_cell([row["accuracy"] for row in rows]) + ("" if rows[0]["informed"] else " (guess)"))
+            cell = _cell(seed_interval([row["accuracy"] for row in rows]))
+            cells.append(cell + ("" if rows[0]["informed"] else " (guess)"))
         lines.append(f"| {', '.join(down) or 'none'} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def report(config: NodesConfig, folder: Folder) -> str:
+    """Evaluate what is not evaluated yet, write ``table.md``, ``plot.png`` and ``plot.svg``; return the table."""
+    records = evaluate_all(config, folder)
+    text = table(config, records)
+    folder.write_text("table.md", text)
+    save(dot_rows(averages(config, records), _shown(config), title=config.name), folder.file("plot"))
+    return text
+
+
 Found = dict[tuple[str, ...], dict[str, Any]]
+
+
+def _shown(config: NodesConfig) -> list[str]:
+    return ["no failure" if name == NO_FAILURE else name for name in config.rates]
 
 
 def _head(first: str, names: Iterable[str]) -> list[str]:
@@ -70,7 +95,7 @@ def _head(first: str, names: Iterable[str]) -> list[str]:
     return [f"| {first} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
 
 
-def _by_seed(records: list[dict[str, Any]], name: str) -> list[Found]:
+def _by_seed(records: Sequence[dict[str, Any]], name: str) -> list[Found]:
     seeds = sorted({record["seed"] for record in records if record["variant"] == name})
     return [{tuple(r["down"]): r for r in records if r["variant"] == name and r["seed"] == seed} for seed in seeds]
 
@@ -84,8 +109,7 @@ def _mean(found: Found, rates: dict[str, float]) -> float:
     return average(results, failure_rates=rates)
 
 
-def _cell(values: list[float]) -> str:
-    if len(values) == 1:
-        return f"{100 * values[0]:.2f}"
-    interval = seed_interval(values)
+def _cell(interval: Interval) -> str:
+    if interval.low != interval.low:
+        return f"{100 * interval.mean:.2f}"
     return f"{100 * interval.mean:.2f} ± {50 * (interval.high - interval.low):.2f}"

@@ -1,4 +1,4 @@
-"""A model run over physical nodes that may be down: vanilla, DFG and ResiliNet."""
+"""A model run over physical nodes that may be down: vanilla, DFG, ResiliNet, and skips on failure alone."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ftnas import rng
 from ftnas.nodes.matching import Match, Matching
-from ftnas.nodes.partition import INPUT, Link, Partition
+from ftnas.nodes.partition import INPUT, Link, Partition, Skip
 from ftnas.settings import Positive, Rate, Settings
 
-Mode = Literal["vanilla", "dfg", "resilinet"]
+Mode = Literal["vanilla", "dfg", "resilinet", "on_failure"]
 
 
 class Failout(Settings):
@@ -79,13 +79,14 @@ class SplitNetwork(nn.Module):
 
     The input of a node is the sum of its incoming hyperconnections that carry information. A node that is down, or
     that receives nothing, sends nothing. A skip is active always in ``dfg``, and in ``resilinet`` while training; in
-    ``resilinet`` in evaluation mode only while one of the nodes that it bypasses is down. ``vanilla`` has no skips.
+    ``resilinet`` in evaluation mode only while one of the nodes that it bypasses is down; in ``on_failure`` that is so
+    while training too. ``vanilla`` has no skips.
 
     Args:
         blocks: The model, block after block.
         partition: Which node hosts which block.
         shape: The shape of one image or sample, without the batch.
-        mode: ``vanilla``, ``dfg`` or ``resilinet``.
+        mode: ``vanilla``, ``dfg``, ``resilinet`` or ``on_failure``.
         matching: How hyperconnections between unlike shapes are matched.
         weights: One per hyperconnection of `links`, 1 without.
 
@@ -106,7 +107,8 @@ class SplitNetwork(nn.Module):
         super().__init__()
         partition.check_covers(len(blocks))
         self.partition = partition.without_skips() if mode == "vanilla" else partition
-        self.mode = mode
+        self.mode: Mode = mode
+        self.absent: frozenset[Link] = frozenset()  # skips that are disconnected, see `use`
         self.links = self.partition.links()
         self.weights = [1.0] * len(self.links) if weights is None else list(weights)
         if len(self.weights) != len(self.links):
@@ -130,8 +132,29 @@ class SplitNetwork(nn.Module):
 
     def active(self, link: Link, down: Collection[str]) -> bool:
         """Whether a hyperconnection is used while some nodes are down."""
-        always = not link.bypassed or self.mode == "dfg" or self.training
+        if not link.bypassed:
+            return True
+        if link in self.absent:
+            return False
+        always = self.mode == "dfg" or (self.mode == "resilinet" and self.training)
         return always or any(name in down for name in link.bypassed)
+
+    def use(
+        self, mode: Mode, *, skips: Collection[Skip] | None = None, survival: Mapping[str, float] | None = None
+    ) -> None:
+        """Run a trained network in another way than it was trained in.
+
+        Args:
+            mode: Of the skips that stay.
+            skips: Those that stay; None for all.
+            survival: Source -> probability by which its hyperconnections are multiplied, as dropout would at inference.
+        """
+        self.mode = mode
+        if skips is not None:
+            stay = {(skip.source, skip.to) for skip in skips}
+            self.absent = frozenset(k for k in self.links if k.bypassed and (k.source, k.to) not in stay)
+        shares = survival or {}
+        self.weights = [w * shares.get(link.source, 1.0) for w, link in zip(self.weights, self.links, strict=True)]
 
     def carries(self, down: Collection[str]) -> bool:
         """Whether any information reaches the answer of the top."""

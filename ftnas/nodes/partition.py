@@ -137,7 +137,16 @@ class Partition(Settings):
 
     def without_skips(self) -> Partition:
         """Return the same nodes with simple hyperconnections only."""
-        return Partition(nodes=self.nodes)
+        return self.with_skips(())
+
+    def with_skips(self, skips: Iterable[Skip]) -> Partition:
+        """Return the same nodes with these skips alone; ValueError for one that this map does not have."""
+        chosen = tuple(skips)
+        for skip in chosen:
+            if skip not in self.skips:
+                known = ", ".join(f"{known.source} -> {known.to}" for known in self.skips) or "none"
+                raise ValueError(f"the map has no skip {skip.source} -> {skip.to}; it has: {known}")
+        return Partition(nodes=self.nodes, skips=chosen)
 
     def check_covers(self, num_blocks: int) -> None:
         """Raise ValueError unless every block of a model is on exactly one node."""

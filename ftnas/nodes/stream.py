@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ftnas.data import load
-from ftnas.nodes.fitting import build, trained
+from ftnas.nodes.fitting import trained
 from ftnas.nodes.live import LiveAnswer, LiveNetwork
 from ftnas.nodes.network import SplitNetwork
 from ftnas.nodes.study import LiveConfig, NodesConfig
@@ -63,12 +63,11 @@ def run_live(config: NodesConfig, folder: Folder) -> str:
     images = load(config.data, "test")
     if (config.live.images or 0) > images.num_images:
         raise ValueError(f"live.images: there are {images.num_images} test images, got {config.live.images}")
-    network = build(config, config.variants[name], images, seed=config.seed)
-    trained(folder, name, config.seed, network)
+    network = trained(config, name, images, seed=config.seed, folder=folder)
     chosen = images.subset(range(config.live.images or images.num_images))
     batches = list(chosen.batches(config.live.batch_size))
     with one_thread():
-        steps = stream(network.eval(), batches, config.live, num_classes=images.num_classes)
+        steps = stream(network, batches, config.live, num_classes=images.num_classes)
     text = summary(steps, title=f"{name}, seed {config.seed}", limit_s=config.live.time_limit_s)
     stage = folder.stage("live")
     stage.write_json("steps.json", [asdict(step) for step in steps])

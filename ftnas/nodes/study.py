@@ -13,30 +13,71 @@ from ftnas.datasets import DataConfig
 from ftnas.nodes.matching import Matching
 from ftnas.nodes.models import SplitModel
 from ftnas.nodes.network import Failout, Mode, Weighting
-from ftnas.nodes.partition import Partition
+from ftnas.nodes.partition import Partition, Skip
 from ftnas.overrides import read_data
 from ftnas.rundir import RunDir
 from ftnas.settings import Count, Positive, Rate, Settings, did_you_mean, parse
 
 FOLDER = "configs/nodes"
+NO_FAILURE = "no_failure"
 Index = Annotated[int, Field(ge=0)]
 
 
 class Variant(Settings):
-    """One way to train and run the network: `resilinet` needs ``failout``, `dfg` may have it, `vanilla` not."""
+    """One way to train and run the network.
+
+    Attributes:
+        mode: `resilinet` and `on_failure` need ``failout``, `dfg` may have it, `vanilla` not.
+        failout: Of the training.
+        weights: Of the hyperconnections.
+        weights_setting: The failure setting that the weights follow, where they follow one.
+        skips: Those that this variant has; None for all of the map.
+        models: Another variant, whose trained models are run in this one's ``mode``, with these ``skips``; nothing is
+            trained then.
+        survival: In use, multiply each hyperconnection by the probability that failout left its source alive.
+    """
 
     mode: Mode
     failout: Failout | None = None
     weights: Weighting = Weighting()
     weights_setting: str = "normal"
+    skips: tuple[Skip, ...] | None = None
+    models: str | None = None
+    survival: bool = False
 
     @model_validator(mode="after")
     def _effective(self) -> Variant:
-        if self.mode == "vanilla" and self.failout is not None:
-            raise ValueError("failout has no effect on mode vanilla, nothing bypasses its nodes; leave it out")
-        if self.mode == "resilinet" and self.failout is None:
-            raise ValueError("mode resilinet needs failout; give its rate, e.g. failout: {rate: 0.05}")
+        if self.models is not None:
+            if self.failout is not None or self.weights != Weighting():
+                raise ValueError("failout and weights are those of the variant under models; leave them out here")
+            if self.mode == "vanilla":
+                raise ValueError("mode vanilla has no effect with models; give skips: [] to run them without any")
+            return self
+        if self.mode == "vanilla" and (self.failout is not None or self.skips is not None):
+            raise ValueError(
+                "failout and skips have no effect on mode vanilla, nothing bypasses its nodes; leave them out"
+            )
+        if self.mode in ("resilinet", "on_failure") and self.failout is None:
+            raise ValueError(f"mode {self.mode} needs failout; give its rate, e.g. failout: {{rate: 0.05}}")
+        if self.skips == ():
+            raise ValueError("skips: [] is mode vanilla; take that")
+        if self.survival and self.failout is None:
+            raise ValueError("survival has no effect without failout; leave it out")
         return self
+
+
+class Selection(Settings):
+    """Which epoch of a training is kept: the best on validation images, the earliest of equals.
+
+    The paper keeps the epoch of the highest validation accuracy without failures (section 3.1).
+
+    Attributes:
+        share: Of the training images, stratified, that are kept for it.
+        setting: Failure setting whose exact average accuracy decides, or ``no_failure``.
+    """
+
+    share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    setting: str = NO_FAILURE
 
 
 class LiveConfig(Settings):
@@ -78,6 +119,7 @@ class NodesConfig(Settings):
         variants: Name -> how to train and run.
         seeds: Trainings of each variant, with seeds ``seed`` to ``seed + seeds - 1``.
         lr: Of Adam.
+        selection: Which epoch is kept; None for the last.
         live: Of ``ftnas nodes run``.
     """
 
@@ -94,20 +136,23 @@ class NodesConfig(Settings):
     epochs: Count
     batch_size: Count
     lr: Positive = 0.001
+    selection: Selection | None = None
     live: LiveConfig = LiveConfig()
 
     @model_validator(mode="after")
     def _names_fit(self) -> NodesConfig:
         names = set(self.partition.parents)
+        if NO_FAILURE in self.settings:
+            raise ValueError(f"settings.{NO_FAILURE}: is there always; take another name")
         for name, rates in self.settings.items():
             self.partition.check_names(rates, where=f"settings.{name}")
             if set(rates) != names:
                 raise ValueError(f"settings.{name}: no rate for {sorted(names - set(rates))}; give each node one")
+        if self.selection is not None and self.selection.setting not in (NO_FAILURE, *self.settings):
+            known = did_you_mean(self.selection.setting, [NO_FAILURE, *self.settings])
+            raise ValueError(f"selection.setting: no failure setting {self.selection.setting!r}; {known}")
         for name, variant in self.variants.items():
-            if variant.failout is not None:
-                variant.failout.rates_of(self.partition)
-            if variant.weights.scheme in ("reliability", "relative") and variant.weights_setting not in self.settings:
-                raise ValueError(f"variants.{name}.weights_setting: no failure setting {variant.weights_setting!r}")
+            self._check_variant(name, variant)
         for where in ("kill", "hang"):
             self.partition.check_names(getattr(self.live, where), where=f"live.{where}")
         if self.live.variant is not None and self.live.variant not in self.variants:
@@ -115,6 +160,38 @@ class NodesConfig(Settings):
                 f"live.variant: no variant {self.live.variant!r}; {did_you_mean(self.live.variant, self.variants)}"
             )
         return self
+
+    def _check_variant(self, name: str, variant: Variant) -> None:
+        source = self.trained(name)
+        if variant.models is not None and (source is None or source.models is not None):
+            trained = [other for other, value in self.variants.items() if value.models is None]
+            hint = did_you_mean(variant.models or "", trained)
+            raise ValueError(f"variants.{name}.models: no trained variant {variant.models!r}; {hint}")
+        assert source is not None
+        if variant.survival and source.failout is None:
+            raise ValueError(f"variants.{name}.survival has no effect, {variant.models} has no failout; leave it out")
+        has = self.partition if source.skips is None else self.partition.with_skips(source.skips)
+        if variant.skips is not None:
+            has.with_skips(variant.skips)
+        if source.failout is not None:
+            source.failout.rates_of(has)
+        if variant.weights.scheme in ("reliability", "relative") and variant.weights_setting not in self.settings:
+            raise ValueError(f"variants.{name}.weights_setting: no failure setting {variant.weights_setting!r}")
+
+    def trained(self, name: str) -> Variant | None:
+        """Return the variant whose training gives the models of a variant: itself, or that under ``models``."""
+        variant = self.variants[name]
+        return variant if variant.models is None else self.variants.get(variant.models)
+
+    @property
+    def all_seeds(self) -> range:
+        """The seed of each training of a variant."""
+        return range(self.seed, self.seed + self.seeds)
+
+    @property
+    def rates(self) -> dict[str, dict[str, float]]:
+        """Every failure setting, ``no_failure`` first."""
+        return {NO_FAILURE: dict.fromkeys(self.partition.parents, 0.0), **self.settings}
 
 
 def read_nodes_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> NodesConfig:

@@ -10,8 +10,9 @@ from ftnas.data import load
 from ftnas.nodes import Failout
 from ftnas.nodes.fitting import Fit, build, split, train_all, trained
 from ftnas.nodes.measuring import evaluate_all, table
-from ftnas.nodes.study import NodesConfig, Variant, open_study, read_nodes_config
+from ftnas.nodes.study import FOLDER, NodesConfig, Variant, open_study, read_nodes_config
 from ftnas.settings import parse
+from ftnas.shipped import shipped_names
 
 SMALL = {
     "name": "small",
@@ -45,9 +46,9 @@ def write(path, **changed):
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["digits-mlp", "digits-mlp-failout", "cifar10-mobilenet-v1"])
-def test_shipped_configs_fit_their_models(name, request):
-    config = read_nodes_config(request.config.rootpath / "configs" / "nodes" / f"{name}.yaml")
+@pytest.mark.parametrize("name", shipped_names(FOLDER, ".yaml"))
+def test_shipped_configs_fit_their_models(name):
+    config = read_nodes_config(name)
     shape = (3, 32, 32) if "cifar" in name else (1, 8, 8)
     config.partition.check_covers(len(config.model.blocks(shape, num_classes=10)))
 

@@ -180,6 +180,17 @@ def split(config: NodesConfig) -> tuple[ImageSet, ImageSet | None]:
     return images.subset(rest), images.subset(chosen)
 
 
+def test_set(config: NodesConfig) -> ImageSet:
+    """Load the images to evaluate on; ValueError when there are fewer than the config asks for."""
+    images = load(config.data, "test")
+    num = config.test_images
+    if num is None or num == len(images):
+        return images
+    if num > len(images):
+        raise ValueError(f"test_images: there are {len(images)} test images, got {num}")
+    return images.subset(stratified_split(images.labels, num / len(images), seed=0)[0])
+
+
 def train_all(config: NodesConfig, folder: Folder, *, checkpoint_every_s: float = CHECKPOINT_EVERY_S) -> None:
     """Train every variant and seed that has no model file yet; one that was interrupted goes on."""
     own = [name for name, variant in config.variants.items() if variant.models is None]

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ftnas.charts import dot_rows
-from ftnas.data import load
 from ftnas.nodes.exact import PatternAccuracy, average, evaluate
-from ftnas.nodes.fitting import CHUNK, trained
+from ftnas.nodes.fitting import CHUNK, test_set, trained
 from ftnas.nodes.study import NO_FAILURE, NodesConfig
 from ftnas.plots import save
 from ftnas.progress import track
@@ -26,7 +25,7 @@ def evaluate_all(config: NodesConfig, folder: Folder) -> list[dict[str, Any]]:
     Raises:
         ValueError: A model is not trained yet.
     """
-    images = load(config.data, "test")
+    images = test_set(config)
     journal = folder.journal(RECORDS)
     records = list(journal.records())
     have: dict[tuple[str, int], set[tuple[str, ...]]] = {}

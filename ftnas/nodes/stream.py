@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftnas.data import load
-from ftnas.nodes.fitting import trained
+from ftnas.nodes.fitting import test_set, trained
 from ftnas.nodes.live import LiveAnswer, LiveNetwork
 from ftnas.nodes.network import SplitNetwork
 from ftnas.nodes.study import LiveConfig, NodesConfig
@@ -60,7 +59,7 @@ def run_live(config: NodesConfig, folder: Folder) -> str:
         RuntimeError: An answer after the loss of one node came later than the time limit.
     """
     name = config.live.variant or _first_with_skips(config)
-    images = load(config.data, "test")
+    images = test_set(config)
     if (config.live.images or 0) > images.num_images:
         raise ValueError(f"live.images: there are {images.num_images} test images, got {config.live.images}")
     network = trained(config, name, images, seed=config.seed, folder=folder)

@@ -119,6 +119,7 @@ class NodesConfig(Settings):
         variants: Name -> how to train and run.
         seeds: Trainings of each variant, with seeds ``seed`` to ``seed + seeds - 1``.
         lr: Of Adam.
+        test_images: Evaluate on this many test images, stratified, always the same ones. None: all.
         selection: Which epoch is kept; None for the last.
         live: Of ``ftnas nodes run``.
     """
@@ -137,6 +138,7 @@ class NodesConfig(Settings):
     batch_size: Count
     lr: Positive = 0.001
     selection: Selection | None = None
+    test_images: Count | None = None
     live: LiveConfig = LiveConfig()
 
     @model_validator(mode="after")

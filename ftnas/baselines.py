@@ -162,6 +162,11 @@ def imagenet_resnet18(num_classes: int = 1000, in_channels: int = 3) -> nn.Modul
     return model
 
 
+@BASELINES.register("resnet8")
+def _resnet8(shape: Shape) -> nn.Module:
+    return ResNet(shape, stages=(16, 32, 64), blocks=1)
+
+
 @BASELINES.register("resnet20")
 def _resnet20(shape: Shape) -> nn.Module:
     return ResNet(shape, stages=(16, 32, 64), blocks=3)

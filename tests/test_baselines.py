@@ -35,6 +35,7 @@ def naive_complexity(model, shape):
         ("vgg16", (14.70, 14.75), (626, 627)),
         ("mobilenet_v2", (2.2, 2.3), (175.9, 182)),
         ("resnet20", (0.27, 0.28), (81, 82)),
+        ("resnet8", (0.078, 0.079), (24, 26)),
         ("mobilenet_v1", (3.2, 3.3), (92, 94)),
     ],
 )
@@ -45,7 +46,7 @@ def test_published_sizes(name, params, mflops):
 
 
 def test_all_names_are_tested_here():
-    assert sorted(baselines.names()) == ["mobilenet_v1", "mobilenet_v2", "resnet18", "resnet20", "vgg16"]
+    assert sorted(baselines.names()) == ["mobilenet_v1", "mobilenet_v2", "resnet18", "resnet20", "resnet8", "vgg16"]
 
 
 # Map size before global pooling, as the module promises: every halving that leaves 2x2 (VGG-16: 1x1).
@@ -54,6 +55,7 @@ def test_all_names_are_tested_here():
     [
         ("resnet18", {4: 2, 8: 2, 9: 2, 28: 4}),
         ("resnet20", {4: 2, 8: 2, 9: 3, 28: 7}),
+        ("resnet8", {4: 2, 8: 2, 9: 3, 28: 7}),
         ("vgg16", {4: 1, 8: 1, 9: 1, 28: 1}),
         ("mobilenet_v2", {4: 2, 8: 2, 9: 2, 28: 4}),
         ("mobilenet_v1", {4: 2, 8: 2, 9: 2, 28: 2}),

@@ -278,6 +278,8 @@ class Measure:
             "num_images": len(correct),
             "nonfinite": int(found.nonfinite.sum()),
             "nonfinite_weights": record.nonfinite,
+            "nan_zeroed": record.nan_zeroed,
+            "features_zeroed": record.features_zeroed,
             "hits": record.hits,
             "sites": record.sites,
             **size,

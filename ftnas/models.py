@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ftnas import baselines, rng
-from ftnas.faults.bounds import FEATURE, WEIGHT, Limits
+from ftnas.faults.bounds import FEATURE, RULE, WEIGHT, Limits, take_bounds
 from ftnas.faults.saturation import MARK, check_functions, saturations
 from ftnas.registry import import_name
 from ftnas.settings import Count, Positive, did_you_mean, parse
@@ -119,8 +119,8 @@ def build_spec(
         seed: Of the first weights; the global random state stays as it was.
         allow_factory: Whether names of the user's own modules may be imported. Only for specs that come from the
             user's config, never for what was read from a file.
-        start: File of the weights, see `ModelConfig`. Bounds that are multiples of a deviation are those of its
-            weights.
+        start: File of the weights, see `ModelConfig`. Bounds that the file has are taken; where it has none, a multiple
+            of a deviation is that of its weights.
 
     Raises:
         ValueError: One line: what is wrong with the spec, a name to import that is not allowed, or weights that do not
@@ -128,8 +128,10 @@ def build_spec(
     """
     model = _plain_model(spec, seed=seed, allow_factory=allow_factory)
     state = {} if start is None else read_start(model, start)
-    parse(Limits, spec.get("limits", {}), where="model: limits").apply(model)
+    limits = parse(Limits, spec.get("limits", {}), where="model: limits")
+    limits.apply(model)
     check_functions(model, state, where=str(start))
+    take_bounds(model, state, limits, where=str(start))
     return model
 
 
@@ -144,7 +146,7 @@ def read_start(model: nn.Module, path: str | Path) -> dict[str, Any]:
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     if not isinstance(state, dict):
         raise ValueError(f"{path}: neither a model file nor a state_dict; give one of them as start")
-    extra = tuple(f".{name}" for name in (MARK, WEIGHT, FEATURE))
+    extra = tuple(f".{name}" for name in (MARK, WEIGHT, FEATURE, RULE))
     plain = {key: value for key, value in state.items() if not key.endswith(extra)}
     check_state(model.state_dict(), plain, where=str(path))
     model.load_state_dict(plain)

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from injected import ADSAF, create, drawn, images, snapshot
@@ -10,7 +11,7 @@ from torch import nn
 import ftnas
 from ftnas import FeatureBound, FixedPoint, WeightBound, bound, inject
 from ftnas.faults import MiBB, WeightBitFlip
-from ftnas.faults.bounds import Limits
+from ftnas.faults.bounds import Limits, Rule, saturated
 from ftnas.faults.saturation import Saturation
 from ftnas.quantize import Bounded
 
@@ -106,6 +107,62 @@ def test_gradients_pass_inside_the_bound_and_move_a_learned_one():
         if learned:
             torch.testing.assert_close(model[3].weight_bound.grad, b.grad)
             assert float(b.grad) != 0.0
+
+
+NUMPY = {
+    "tanh": lambda x, b: b * np.tanh(x / b),
+    "arctan": lambda x, b: 2 * b / np.pi * np.arctan(np.pi * x / (2 * b)),
+    "softsign": lambda x, b: x / (1 + np.abs(x) / b),
+}
+
+
+@pytest.mark.parametrize("function", NUMPY)
+def test_a_function_keeps_features_within_their_range(function):
+    limit = 0.5
+    model, plain = create(chain), create(chain)
+    bound(model, features=FeatureBound(value=limit, function=function, layers="0"))
+    seen = []
+    model[2].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    form = FixedPoint()
+    with torch.no_grad():
+        x = images()
+        point = plain[1](nn.functional.conv2d(x, form.quantize(plain[0].weight), plain[0].bias))
+        exact = NUMPY[function](point.double().numpy(), limit)
+        with inject(model, quantization=form):
+            model(x)
+    read = seen[-1].double().numpy()
+    lsb = limit / 128
+    assert np.abs(read / lsb - np.round(read / lsb)).max() == 0.0 and np.abs(read).max() <= limit
+    assert np.abs(read - exact).max() <= lsb * (1.0 + 1e-4)  # half of it by rounding, all of it at the upper end
+    assert np.abs(point.numpy()).max() > 2 * limit
+    assert np.abs(read - exact)[exact < limit - lsb].max() <= lsb * (0.5 + 1e-4)
+
+
+@pytest.mark.parametrize("function", NUMPY)
+def test_slope_and_limits_of_the_functions_of_features(function):
+    limit = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([0.0, 0.3, -2.0, torch.inf, -torch.inf, torch.nan], dtype=torch.float64, requires_grad=True)
+    out = saturated(x, limit, Rule(function, zeroes_nan=True))
+    ends = out.detach()[3:].numpy()
+    assert ends[0] == -ends[1] == pytest.approx(0.5) and ends[2] == 0.0
+    assert saturated(x, limit, Rule(function))[5].isnan()
+    out[:3].sum().backward()
+    assert x.grad[0] == pytest.approx(1.0) and bool(x.grad.isfinite().all())
+    step, values = 1e-6, x.detach().numpy()[:3]
+    below, above = (NUMPY[function](values, 0.5 + sign * step).sum() for sign in (-1, 1))
+    assert float(limit.grad) == pytest.approx((above - below) / (2 * step), rel=1e-6)
+
+
+def test_nan_features_are_read_as_zero_and_counted():
+    model = create(chain)
+    bound(model, features=FeatureBound(value=1.0, nan="zero"))
+    x = images()
+    x[0, 0, 0, 0] = torch.nan
+    with torch.no_grad():
+        with inject(model) as injection:
+            out = model(x)
+        reached = int(chain()[0](x).isnan().sum())
+    assert injection.record.features_zeroed == reached > 0 and bool(out.isfinite().all())
 
 
 def test_a_learned_bound_that_is_no_power_of_two_has_the_next_one_as_its_range():

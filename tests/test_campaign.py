@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+import ftnas
+from ftnas import FeatureBound
 from ftnas.campaign import RECORDS, CampaignConfig, Subject, run_campaign
 from ftnas.data import DataConfig, load
 from ftnas.faults.hardware import Hardware
@@ -137,6 +139,28 @@ def test_a_sweep_may_hold_several_faults_and_have_a_name(images, tmp_path):
     assert all(hits[("both", *key[1:])] > value for key, value in hits.items() if key[0] == "mibb" and key[1])
 
 
+def test_nan_that_a_model_reads_as_zero_are_counted(images, tmp_path):
+    sweeps = [{"fault": {"name": "weight_bit_flip", "bit_error_rate": 0, "dtype": "fp16"}, "rates": [0.4]}]
+    config = CampaignConfig(sweeps=sweeps, devices=5, batch_size=50)
+    saturated = subject("weights")
+    ftnas.saturate(saturated.load(), "tanh")
+    bounded = subject("features")
+    ftnas.bound(bounded.load(), features=FeatureBound(value=1.0, nan="zero"))
+    with RunDir.create(tmp_path / "run", {}) as folder:
+        records = run_campaign(
+            [saturated, bounded], images, config=config, hardware=Hardware(layers=None), seed=0, folder=folder
+        )
+    zeroed = {(r["model"], r["rate"]): (0, 0) for r in records}
+    for r in records:
+        before = zeroed[r["model"], r["rate"]]
+        zeroed[r["model"], r["rate"]] = (before[0] + r["nan_zeroed"], before[1] + r["features_zeroed"])
+        assert r["nan_zeroed"] <= r["nonfinite_weights"]
+        assert r["nonfinite"] == 0 or r["model"] == "features"  # its classifier is not bounded
+    assert zeroed["weights", 0.0] == zeroed["features", 0.0] == (0, 0)
+    (weights, none), (nothing, features) = zeroed["weights", 0.4], zeroed["features", 0.4]
+    assert weights > 0 and features > 0 and none == nothing == 0
+
+
 def test_answers_that_are_not_numbers_are_counted_apart(images, tmp_path):
     sweeps = [{"fault": {"name": "weight_bit_flip", "bit_error_rate": 0, "dtype": "fp16"}, "rates": [0.2]}]
     config = CampaignConfig(sweeps=sweeps, devices=2, batch_size=50)
@@ -146,6 +170,7 @@ def test_answers_that_are_not_numbers_are_counted_apart(images, tmp_path):
         )
     faulty = [record for record in records if record["rate"]]
     assert all(record["nonfinite_weights"] > 0 and record["nonfinite"] > 0 for record in faulty)
+    assert all(record["nan_zeroed"] == record["features_zeroed"] == 0 for record in records)
     comparison = read_comparison(tmp_path / "run" / RECORDS, interval="bootstrap")
     assert any("NaN or infinite" in note for note in comparison.notes)
     found = comparison.summary("weight_bit_flip", "a", [0.2])

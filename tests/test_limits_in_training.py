@@ -10,7 +10,7 @@ from ftnas.campaign import CampaignConfig, Subject, run_campaign
 from ftnas.config import read_config
 from ftnas.data import DataConfig, load
 from ftnas.faults import MiBB
-from ftnas.faults.bounds import bound_of
+from ftnas.faults.bounds import bound_of, rule_of
 from ftnas.faults.hardware import Hardware
 from ftnas.faults.saturation import saturations
 from ftnas.models import ModelConfig, build, count, describe, load_model, save_model
@@ -116,6 +116,47 @@ def test_a_start_of_another_function_or_architecture_is_refused(trained, tmp_pat
         with pytest.raises(ValueError, match=message) as caught:
             build(config, **SIZES, seed=0)
         assert "\n" not in str(caught.value)
+
+
+def test_learned_bounds_go_on_from_the_file(trained, tmp_path):
+    source, _ = load_model(trained)
+    bounds = {key: value for key, value in source.state_dict().items() if key.endswith("_bound")}
+    for learned in (True, False):  # frozen for what comes next, by the same settings without it
+        weights = {"std_multiple": 2.0, "learned": learned}
+        limits = LIMITS | {"saturation": load_scales(source), "weight_bound": weights}
+        model = build(ModelConfig.model_validate(NET | limits | {"start": str(trained)}), **SIZES, seed=3)
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in bounds.items())
+        assert isinstance(model.conv1.weight_bound, nn.Parameter) == learned
+
+
+def load_scales(model):
+    return {"function": "tanh", "scale": {name: found.scale for name, found in saturations(model).items()}}
+
+
+def test_bounds_that_contradict_the_file_are_refused(trained):
+    scales = load_scales(load_model(trained)[0])
+    for changes, message in (
+        ({"feature_bound": None}, "layer 'conv1' was trained with a feature_bound of 2, and here it has none"),
+        ({"weight_bound": None}, "was trained with a weight_bound of .*, and here it has none"),
+        ({"feature_bound": {"value": 4.0}}, "'conv1' was trained with a feature_bound of 2, and here it is 4; give"),
+        ({"feature_bound": {"value": 2.0, "function": "tanh"}}, "bounded by clip nan=keep, and here by tanh nan=keep"),
+    ):
+        config = ModelConfig.model_validate(NET | LIMITS | {"saturation": scales, "start": str(trained)} | changes)
+        with pytest.raises(ValueError, match=message) as caught:
+            build(config, **SIZES, seed=0)
+        assert "\n" not in str(caught.value) and str(trained) in str(caught.value)
+
+
+def test_features_by_a_function_survive_the_file(images, tmp_path):
+    feature = {"value": 2.0, "function": "softsign", "nan": "zero"}
+    training(tmp_path, NET | {"feature_bound": feature}).run(images)
+    model, _ = load_model(tmp_path / "model.pt")
+    assert rule_of(model.conv1) == ("softsign", True) and rule_of(model.fc) == ("clip", False)
+    again = {"feature_bound": feature | {"function": "arctan"}, "start": str(tmp_path / "model.pt")}
+    with pytest.raises(ValueError, match="bounded by softsign nan=zero, and here by arctan nan=zero; give the same"):
+        build(ModelConfig.model_validate(NET | again), **SIZES, seed=0)
+    again["feature_bound"] = feature
+    assert rule_of(build(ModelConfig.model_validate(NET | again), **SIZES, seed=0).conv1) == ("softsign", True)
 
 
 def test_torchvision_weights_are_a_start(tmp_path):

@@ -8,23 +8,50 @@ In dynamic fixed point a fault is as large as the range, and a few outliers set 
 
 Bounds act where formats act, inside `ftnas.inject`. They belong to the layer's state (``weight_bound``,
 ``feature_bound``), so that a trained model brings those that it was trained with.
+
+Features may be bounded by a saturating function instead of being clipped; all have slope 1 at 0 and the range (-b, b):
+
+| function | | gradient |
+|---|---|---|
+| ``clip`` | x clipped to [-b, b] | 1 within, 0 beyond |
+| ``tanh`` | b tanh(x / b) | 1 - tanh(x / b)^2 |
+| ``arctan`` | (2 b / pi) arctan(pi x / 2 b) | 1 / (1 + (pi x / 2 b)^2) |
+| ``softsign`` | x / (1 + abs(x) / b) | 1 / (1 + abs(x) / b)^2 |
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ftnas.faults.saturation import Saturation, power_of_two, standard_deviation
+from ftnas.faults.saturation import FUNCTIONS, Saturation, power_of_two, standard_deviation
 from ftnas.faults.select import find_layers, select_layers
 from ftnas.quantize import SMALLEST_RANGE
 from ftnas.settings import Positive, Settings
 
 WEIGHT, FEATURE = "weight_bound", "feature_bound"
+RULE = "feature_function"
+"""Name in a layer's state of how its features are bounded, where they are not clipped: text as uint8 [length]."""
+
+
+class Rule(NamedTuple):
+    """How the features of a layer are kept within their bound."""
+
+    function: str = "clip"
+    zeroes_nan: bool = False
+
+    def __str__(self) -> str:
+        """Say it in messages, and in the layer's state."""
+        return f"{self.function} nan={'zero' if self.zeroes_nan else 'keep'}"
+
+
+CLIP = Rule()
 
 
 class FeatureBound(Settings):
@@ -35,12 +62,17 @@ class FeatureBound(Settings):
             is no power of two clips at its value; the representation range is the next power of two.
         learned: Whether training moves each bound, starting from ``value``, by the gradient at clipped values; it is
             then a parameter like others, with their weight decay.
+        function: ``clip``, or a saturating one, ``tanh``, ``arctan`` or ``softsign``; see the head of this file.
+        nan: What a NaN, which flipped bits of weights may lead to, is read as: ``keep`` lets it through, ``zero``
+            reads it as 0 and counts it (`ftnas.faults.record.InjectionRecord.features_zeroed`).
         layers: Type names, name patterns or depths; None for every Conv2d and Linear. Convolutions alone when left
             out: the answers of a classifier are not to be clipped.
     """
 
     value: Positive | dict[str, Positive]
     learned: bool = False
+    function: Literal["clip", "tanh", "arctan", "softsign"] = "clip"
+    nan: Literal["zero", "keep"] = "keep"
     layers: tuple[str, ...] | None = ("conv2d",)
 
     @field_validator("layers", mode="before")
@@ -126,6 +158,8 @@ def bound(model: nn.Module, *, weights: WeightBound | None = None, features: Fea
             continue
         for name, value in _values(settings, layers).items():
             _set(layers[name], kind, value, name, learned=settings.learned)
+            if isinstance(settings, FeatureBound):
+                _set_rule(layers[name], Rule(settings.function, settings.nan == "zero"))
     return model
 
 
@@ -138,9 +172,73 @@ def bound_of(module: nn.Module, kind: str) -> Tensor | None:
     return None if learned is None else learned.abs().clamp_min(SMALLEST_RANGE)
 
 
+def rule_of(module: nn.Module) -> Rule:
+    """Return how the features of a bounded layer are kept within their bound."""
+    return module.__dict__.get("_feature_rule", CLIP)
+
+
 def clipped(values: Tensor, limit: Tensor | None) -> Tensor:
     """Return values of any shape clipped to [-limit, limit]; NaN stays. What is clipped moves a learned limit."""
     return values if limit is None else torch.clamp(values, -limit.to(values.dtype), limit.to(values.dtype))
+
+
+def saturated(values: Tensor, limit: Tensor, rule: Rule) -> Tensor:
+    """Return features of any shape within [-limit, limit], by a rule; same dtype. A learned limit has a gradient."""
+    if rule.zeroes_nan:
+        values = torch.nan_to_num(values, nan=0.0, posinf=math.inf, neginf=-math.inf)
+    if rule.function == "clip":
+        return clipped(values, limit)
+    scale = limit.to(values.dtype) * (2.0 / math.pi if rule.function == "arctan" else 1.0)
+    # infinities are replaced before f, or softsign and the gradient of a learned limit would be NaN
+    largest = torch.finfo(values.dtype).max ** 0.5
+    return FUNCTIONS[rule.function](values.clamp(-largest, largest) / scale) * scale
+
+
+def take_bounds(model: nn.Module, state: Mapping[str, Any], limits: Limits, *, where: str) -> None:
+    """Take the bounds that the weights of a file were trained with, in place of those of the settings.
+
+    A bound that learns goes on from the file's; a multiple of a deviation is that of the weights as they were first.
+
+    Args:
+        model: Bounded, in place.
+        state: The file's; one without bounds leaves the model's.
+        limits: The settings that the model was bounded by.
+        where: Prefix of messages: the file.
+
+    Raises:
+        ValueError: One line: a layer with a bound in the file and none here, another function, or a value in the
+            settings that does not learn and is not the file's.
+    """
+    layers = find_layers(model)
+    for key, value in state.items():
+        name, _, kind = key.rpartition(".")
+        if kind not in (WEIGHT, FEATURE, RULE) or not isinstance(value, Tensor) or name not in layers:
+            continue
+        layer, own = layers[name], layers[name].state_dict().get(kind)
+        if kind == RULE or (kind == FEATURE and own is not None and key[: -len(kind)] + RULE not in state):
+            theirs = bytes(value.tolist()).decode(errors="replace") if kind == RULE else str(CLIP)
+            if own is None or theirs != str(rule_of(layer)):
+                here = "are not bounded" if bound_of(layer, FEATURE) is None else f"by {rule_of(layer)}"
+                raise ValueError(
+                    f"{where}: features of layer {name!r} were bounded by {theirs}, and here {here}; give the same "
+                    "feature_bound"
+                )
+            if kind == RULE:
+                continue
+        if own is None:
+            raise ValueError(
+                f"{where}: layer {name!r} was trained with a {kind} of {float(value):g}, and here it has none; give "
+                f"the same {kind}"
+            )
+        settings = limits.weight_bound if kind == WEIGHT else limits.feature_bound
+        fixed = settings is not None and settings.value is not None and not settings.learned
+        if fixed and float(value) != float(own):
+            raise ValueError(
+                f"{where}: layer {name!r} was trained with a {kind} of {float(value):g}, and here it is "
+                f"{float(own):g}; give that value, or learned: true to go on from the file's"
+            )
+        with torch.no_grad():
+            getattr(layer, kind).copy_(value)
 
 
 def _check_selection(value: Any, layers_given: bool) -> None:
@@ -173,3 +271,10 @@ def _set(module: nn.Module, kind: str, value: float, name: str, *, learned: bool
         module.register_parameter(kind, nn.Parameter(tensor))
     else:
         module.register_buffer(kind, tensor)
+
+
+def _set_rule(module: nn.Module, rule: Rule) -> None:
+    if rule != CLIP:
+        module._feature_rule = rule  # type: ignore[assignment]
+        text = torch.tensor(list(str(rule).encode()), dtype=torch.uint8, device=_stored(module).device)
+        module.register_buffer(RULE, text)

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ftnas.faults.activation import ActivationMode
 from ftnas.faults.base import Fault, Plan, Site
-from ftnas.faults.bounds import FEATURE, WEIGHT, bound_of, clipped
+from ftnas.faults.bounds import FEATURE, WEIGHT, bound_of, clipped, rule_of, saturated
 from ftnas.faults.changes import Change, Watch
 from ftnas.faults.drawing import Drawing, Key, Placed
 from ftnas.faults.memory import count_distinct, mark, positions, restrict_range, storage
@@ -254,7 +254,10 @@ class Injection:
             feature, ours = restrict_range(feature, bound), False
         limit = bound_of(self._layers[layer], FEATURE)
         if limit is not None:
-            feature, ours = clipped(feature, limit), False
+            rule = rule_of(self._layers[layer])
+            if rule.zeroes_nan:
+                self._tally.count_feature_nan(feature)
+            feature, ours = saturated(feature, limit, rule), False
         site = feature_site(layer, self._layers[layer], feature, self._feature_format)
         if self._activations is None or not self._points[self._model.training].activated(call):
             both = (self._features, self._buffers)

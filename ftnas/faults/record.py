@@ -50,9 +50,15 @@ class FaultRecord(LayerHits):
 
 @dataclass(frozen=True)
 class InjectionRecord(LayerHits):
-    """The same over all fault models of one injection."""
+    """The same over all fault models of one injection.
+
+    Attributes:
+        faults: Each of them.
+        features_zeroed: Features that were NaN, whatever made them so, and were read as 0, see `FeatureBound`.
+    """
 
     faults: tuple[FaultRecord, ...]
+    features_zeroed: int = 0
 
     @property
     def nonfinite(self) -> int:
@@ -82,6 +88,7 @@ class Tally:
         self._faults = list(faults)
         self._sums: list[dict[str, tuple[int, float, Tensor | int]]] = [{} for _ in self._faults]
         self._odd: list[dict[str, Tensor]] = [{} for _ in self._faults]
+        self._features_zeroed: Tensor | int = 0
 
     def add(self, fault: int, layer: str, plan: Plan) -> None:
         """Count one plan of one layer, for the fault model of that index.
@@ -98,6 +105,10 @@ class Tally:
         odd = self._odd[fault]
         odd[what] = number if what not in odd else odd[what] + number
 
+    def count_feature_nan(self, feature: Tensor) -> None:
+        """Count the NaN of features of any shape; the count stays on the device."""
+        self._features_zeroed = self._features_zeroed + feature.detach().isnan().sum()
+
     def record(self) -> InjectionRecord:
         """Return the sums so far; reads them back from the device."""
         faults = []
@@ -105,7 +116,7 @@ class Tally:
             layers = {name: LayerHits(sites, int(hits), exp) for name, (sites, exp, hits) in sums.items()}
             counts = {what: int(number) for what, number in odd.items()}
             faults.append(FaultRecord(*_total(list(layers.values())), fault=fault.name, layers=layers, **counts))
-        return InjectionRecord(*_total(faults), faults=tuple(faults))
+        return InjectionRecord(*_total(faults), faults=tuple(faults), features_zeroed=int(self._features_zeroed))
 
     def check(self) -> None:
         """Raise a RuntimeError when a fault model hit nothing although hits were certain, or could hit nothing."""

@@ -33,6 +33,10 @@ SCHEMA = 1
 _LOCK_PATIENCE_S = 0.5  # what a killed run had just started may hold its files for a moment longer
 
 
+class InUseError(ValueError):
+    """Another process holds the run."""
+
+
 class Folder:
     """One folder of a run, of the run itself or of a stage: everything is written through here."""
 
@@ -323,7 +327,7 @@ def _take_lock(folder: Path, shown: Path) -> Lock:
             if time.monotonic() < deadline:
                 time.sleep(0.05)
                 continue
-        raise ValueError(f"run folder {shown} is in use by another process; wait for it or stop it")
+        raise InUseError(f"run folder {shown} is in use by another process; wait for it or stop it")
 
 
 def _refuse(path: Path, error: OSError) -> NoReturn:

@@ -1,0 +1,275 @@
+"""The runs behind a table, each in a folder named after the hash of what decides its result: tables share them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftnas.campaign import RECORDS, CampaignConfig, Subject, SweepConfig, run_campaign
+from ftnas.config import RunConfig
+from ftnas.data import load, stratified_split
+from ftnas.derive import WINNER
+from ftnas.models import count, describe, load_model
+from ftnas.pipeline import Pipeline, pick_device
+from ftnas.rng import seed_for
+from ftnas.rundir import RunDir
+from ftnas.trainings import MODEL
+
+DONE = "done.json"
+# What changes where or how fast a run goes, what it is called, or what follows it: not its result.
+_ELSEWHERE = ("name", "description", "pool", "campaign", "single_faults", "protections", "models")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A sweep over one trained network.
+
+    Attributes:
+        sweep: Fault model and rates; the rates are not part of the hash, so that more of them are measured later.
+        devices: Per rate.
+        images: Of the test set; None takes all.
+        batch_size: Images per forward.
+    """
+
+    sweep: SweepConfig
+    devices: int
+    images: int | None
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training from one seed, with the search before it where the network is searched.
+
+    Attributes:
+        config: A run config with one model in its train section, and one seed.
+        model: Its name.
+        cache: Folder of all runs.
+    """
+
+    config: RunConfig
+    model: str
+    cache: Path
+
+    @property
+    def searches(self) -> bool:
+        """Whether the architecture comes from a search of the config."""
+        return self._model.genotype == "search"
+
+    @property
+    def search_key(self) -> str:
+        """Hash of what decides the search."""
+        return _hash({key: value for key, value in self._plain().items() if key != "train"})
+
+    @property
+    def key(self) -> str:
+        """Hash of what decides the trained weights."""
+        plain = self._plain()
+        train = plain["train"]
+        recipe = self.config.train.recipe if self.config.train else None
+        assert recipe is not None
+        if recipe.alpha_l == 0.0:  # nothing is faulted while it trains
+            plain["hardware"] = self.config.hardware.without_faults().model_dump(mode="json")
+        if self.searches:
+            network: Any = {"search": self.search_key, **self._model.model_dump(mode="json", exclude_none=True)}
+        else:
+            network = describe(self._model, num_classes=0, in_channels=0, image_size=0)
+        kept = {key: value for key, value in plain.items() if key not in ("search", "control", "train")}
+        return _hash({**kept, "recipe": train["recipe"], "seeds": train["seeds"], "network": network})
+
+    @property
+    def folder(self) -> Path:
+        """Run folder of the training."""
+        return self.cache / f"train-{self.key}"
+
+    @property
+    def search_folder(self) -> Path:
+        """Run folder of the search."""
+        return self.cache / f"search-{self.search_key}"
+
+    @property
+    def seed(self) -> int:
+        """The training seed."""
+        assert self.config.train is not None
+        return self.config.train.seeds[0]
+
+    @property
+    def _model(self) -> Any:
+        assert self.config.train is not None
+        return self.config.train.models[self.model]
+
+    def _plain(self) -> dict[str, Any]:
+        plain = self.config.model_dump(mode="json")
+        where = ("root", "download", "workers", "memory_limit_mb")
+        plain["data"] = {key: value for key, value in plain["data"].items() if key not in where}
+        return {key: value for key, value in plain.items() if key not in _ELSEWHERE}
+
+    def measure_key(self, measurement: Measurement) -> str:
+        """Hash of what decides the records of a sweep, apart from its rates."""
+        plain = self._plain()
+        sweep = measurement.sweep.model_dump(mode="json", exclude={"rates"})
+        hardware = self.config.hardware.without_faults().model_dump(mode="json")
+        sizes = {"devices": measurement.devices, "images": measurement.images, "batch_size": measurement.batch_size}
+        same = {key: plain[key] for key in ("version", "seed", "device", "threads", "data")}
+        return _hash({**same, "training": self.key, "hardware": hardware, "sweep": sweep, **sizes})
+
+    def measure_folder(self, measurement: Measurement) -> Path:
+        """Run folder of a sweep."""
+        return self.cache / f"measure-{self.measure_key(measurement)}"
+
+
+def _hash(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def trained(job: Job) -> bool:
+    """Tell whether the network is there."""
+    return (job.folder / DONE).exists()
+
+
+def train(job: Job) -> None:
+    """Search where needed and train, or go on with either; what is done is left as it is.
+
+    Raises:
+        InUseError: Another process is at it.
+        ValueError: A user's mistake.
+        RuntimeError: The training failed.
+    """
+    if trained(job):
+        return
+    config = job.config
+    if job.searches:
+        path = _search(job)
+        assert config.train is not None
+        model = config.train.models[job.model].model_copy(update={"genotype": str(path)})
+        stage = config.train.model_copy(update={"models": {job.model: model}})
+        config = config.model_copy(update={"train": stage})
+    config = config.model_copy(update={"search": None, "control": None, "campaign": None})
+    with _opened(job.folder, config.model_dump(mode="json")) as run, _timed(run):
+        Pipeline(config, run).train()
+        run.write_json(DONE, {"model": job.model, "seed": job.seed})
+
+
+def _search(job: Job) -> Path:
+    path = job.search_folder / "search" / WINNER
+    if not (job.search_folder / DONE).exists():
+        config = job.config.model_copy(update={"train": None, "control": None, "campaign": None})
+        with _opened(job.search_folder, config.model_dump(mode="json")) as run, _timed(run):
+            Pipeline(config, run).search()
+            run.write_json(DONE, {"genotype": f"search/{WINNER}"})
+    return path
+
+
+def measure(job: Job, measurement: Measurement) -> None:
+    """Measure a sweep of a trained network; rates that were measured are left as they are.
+
+    Raises:
+        InUseError: Another process is at it.
+    """
+    if not missing(job, measurement):
+        return
+    config = job.config
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = pick_device(config.device)
+    plain = {
+        "training": job.key,
+        "seed": config.seed,
+        "data": config.data.model_dump(mode="json"),
+        "hardware": config.hardware.without_faults().model_dump(mode="json"),
+        "sweep": measurement.sweep.model_dump(mode="json", exclude={"rates"}),
+        "devices": measurement.devices,
+        "images": measurement.images,
+        "batch_size": measurement.batch_size,
+    }
+    path = job.folder / "train" / job.model / f"seed-{job.seed}" / MODEL
+    network, metadata = load_model(path, allow_factory=True)
+    images = load(config.data, "test").to(device)
+    if measurement.images is not None and measurement.images < images.num_images:
+        chosen, _ = stratified_split(images.labels, measurement.images / images.num_images, seed=0)
+        images = images.subset(chosen)
+    subject = Subject(
+        name=job.key,
+        train_seed=job.seed,
+        training=metadata["training"],
+        complexity=count(network, images.shape),
+        load=lambda: network.to(device).eval(),
+    )
+    campaign = CampaignConfig(
+        sweeps=(measurement.sweep,), devices=measurement.devices, batch_size=measurement.batch_size
+    )
+    with _opened(job.measure_folder(measurement), plain) as run, _timed(run):
+        run_campaign(
+            [subject],
+            images,
+            config=campaign,
+            hardware=config.hardware.without_faults(),
+            seed=seed_for(config.seed, "campaign"),
+            folder=run,
+        )
+
+
+def records(job: Job, measurement: Measurement) -> list[dict[str, Any]]:
+    """Return the records of a sweep that are there, at its rates and at rate 0."""
+    path = job.measure_folder(measurement) / RECORDS
+    if not path.exists():
+        return []
+    wanted = {0.0, *measurement.sweep.rates}
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return [line for line in lines if line["rate"] in wanted]
+
+
+def missing(job: Job, measurement: Measurement) -> int:
+    """Return how many records of a sweep are not there."""
+    rates = set(measurement.sweep.rates) - {0.0}
+    found = {(line["rate"], line["device"]) for line in records(job, measurement)}
+    return 1 + len(rates) * measurement.devices - len(found)
+
+
+def cost(folder: Path) -> dict[str, Any]:
+    """Return what a run folder took: ``cpu_s`` and ``wall_s`` over all its processes, and the ``machine``."""
+    path = folder / "events.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    spent = [line for line in lines if line["kind"] == "spent"]
+    total = {name: round(sum(line[name] for line in spent), 1) for name in ("cpu_s", "wall_s")}
+    return {**total, "machines": sorted({line["machine"] for line in spent})}
+
+
+@contextmanager
+def _opened(path: Path, plain: dict[str, Any]) -> Iterator[RunDir]:
+    with RunDir.open(path) if (path / "run.json").exists() else RunDir.create(path, plain) as run:
+        yield run
+
+
+@contextmanager
+def _timed(run: RunDir) -> Iterator[None]:
+    cpu, wall = time.process_time(), time.monotonic()
+    try:
+        yield
+    finally:
+        spent = {"cpu_s": round(time.process_time() - cpu, 2), "wall_s": round(time.monotonic() - wall, 2)}
+        run.events("spent", **spent, machine=machine())
+
+
+def machine() -> str:
+    """Return the processor and the number of cores, or the GPU, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def for_seed(job: Job, seed: int) -> Job:
+    """Return the same job for another training seed."""
+    assert job.config.train is not None
+    stage = job.config.train.model_copy(update={"seeds": (seed,)})
+    return replace(job, config=job.config.model_copy(update={"train": stage}))

@@ -1,0 +1,52 @@
+"""Does the runs of a study that are not done yet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from ftnas.progress import say
+from ftnas.reproduction.jobs import measure, missing, train, trained
+from ftnas.reproduction.study import Planned
+from ftnas.rundir import InUseError
+
+_PATIENCE_S = 5.0
+
+
+def run(planned: Sequence[Planned]) -> None:
+    """Train and measure what is missing, the first seed of all rows first.
+
+    What another process is at is left to it, and looked at again when the rest is done.
+
+    Raises:
+        ValueError: A user's mistake.
+        RuntimeError: A training failed.
+    """
+    num_seeds = max(len(entry.jobs) for entry in planned)
+    todo = [(entry, index) for index in range(num_seeds) for entry in planned if index < len(entry.jobs)]
+    todo = [unit for unit in todo if not finished(*unit)]
+    while todo:
+        busy = []
+        for entry, index in todo:
+            try:
+                _one(entry, index)
+            except InUseError:
+                busy.append((entry, index))
+        if len(busy) == len(todo):
+            time.sleep(_PATIENCE_S)
+        todo = busy
+
+
+def finished(entry: Planned, index: int) -> bool:
+    """Tell whether a row is trained from a seed and measured."""
+    job = entry.jobs[index]
+    return trained(job) and not any(missing(job, measurement) for measurement in entry.measurements)
+
+
+def _one(entry: Planned, index: int) -> None:
+    job = entry.jobs[index]
+    if not trained(job):
+        say(f"{entry.row.name}, seed {job.seed}: training in {job.folder}")
+        train(job)
+    for measurement in entry.measurements:
+        measure(job, measurement)

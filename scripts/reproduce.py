@@ -3,6 +3,7 @@
     python scripts/reproduce.py table5                  # small: on two cores, on CIFAR-10 as folders of images
     python scripts/reproduce.py table5 --scale full     # the paper's size, for a GPU
     python scripts/reproduce.py table5 --dry-run        # what would run, and what is done already
+    python scripts/reproduce.py table5 --report         # the table of what is done already
 
 Runs lie in one folder (--cache), each under the hash of what decides its result, so that tables share trainings.
 """
@@ -11,29 +12,65 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ftnas.heap import keep_memory
+from ftnas.reproduction.jobs import missing, trained
+from ftnas.reproduction.result import collect, write
 from ftnas.reproduction.runner import run
-from ftnas.reproduction.study import SCALES, plan, read_scale, read_study, study_names
+from ftnas.reproduction.study import SCALES, Planned, plan, read_published, read_scale, read_study, study_names
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", help=f"one of {', '.join(study_names())}; or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="for the config of every run")
+    parser.add_argument("--scale", choices=SCALES, default="small", help="size of the runs (default: small)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="training seeds, in place of the scale's")
+    parser.add_argument("--cache", type=Path, default=Path("runs/reproduction"), help="folder of all runs")
+    parser.add_argument("--out", type=Path, help="folder of the result (default: CACHE/STUDY-SCALE)")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="print runs, configs and hashes; run nothing")
+    mode.add_argument("--report", action="store_true", help="make the table of what is there; run nothing")
+    return parser.parse_args()
+
+
+def listing(planned: Sequence[Planned]) -> str:
+    """Return what would run, one training a line."""
+    lines = []
+    for entry in planned:
+        for job in entry.jobs:
+            left = sum(missing(job, measurement) for measurement in entry.measurements)
+            sweeps = ", ".join(f"{m.sweep.label} {job.measure_key(m)}" for m in entry.measurements)
+            state = f"{'trained' if trained(job) else 'to be trained'}, {left} measurements left"
+            search = f"search {job.search_key}, " if job.searches else ""
+            head = f"{entry.row.name}, seed {job.seed}: {entry.row.config} ({entry.row.model})"
+            lines.append(f"{head}, {search}train {job.key}, measure {sweeps}: {state}")
+    return "\n".join(lines)
+
+
+def reproduce(options: argparse.Namespace) -> None:
+    scale = read_scale(options.scale)
+    if options.seeds:
+        scale = scale.model_copy(update={"seeds": tuple(options.seeds)})
+    study = read_study(options.study)
+    planned = plan(study, scale=options.scale, settings=scale, cache=options.cache, overrides=options.overrides)
+    if options.dry_run:
+        print(listing(planned))
+        return
+    if not options.report:
+        run(planned)
+    out = options.out or options.cache / f"{study.name}-{options.scale}"
+    outcome = collect(study, planned, scale=options.scale, settings=scale, published=read_published(), out=out)
+    print(write(outcome, out))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", help=f"one of {', '.join(study_names())}, or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="for the config of every run")
-    parser.add_argument("--scale", choices=SCALES, default="small", help="size of the runs (default: small)")
-    parser.add_argument("--cache", type=Path, default=Path("runs/reproduction"), help="folder of all runs")
-    parser.add_argument("--seeds", type=int, nargs="+", help="training seeds, in place of the scale's")
-    options = parser.parse_args()
+    options = parsed()
     keep_memory()
     try:
-        scale = read_scale(options.scale)
-        if options.seeds:
-            scale = scale.model_copy(update={"seeds": tuple(options.seeds)})
-        study = read_study(options.study)
-        planned = plan(study, scale=options.scale, settings=scale, cache=options.cache, overrides=options.overrides)
-        run(planned)
+        reproduce(options)
     except ValueError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None

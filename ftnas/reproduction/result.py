@@ -1,0 +1,305 @@
+"""What came out of a study, beside what was published: Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ftnas.records import Comparison, is_known, nothing_compared, read_comparison
+from ftnas.reproduction.jobs import cost, machine, records
+from ftnas.reproduction.orderings import Result, check
+from ftnas.reproduction.study import Planned, PublishedTable, Scale, Study, StudySweep, rates_at
+from ftnas.stats import Interval
+from ftnas.storage import atomic_write
+from ftnas.tables import big, fault_name
+from ftnas.vulnerability import to_csv
+
+RECORDS = "records.jsonl"
+_VERDICTS = {
+    "holds": "holds",
+    "reversed": "**does not hold: the reverse was measured**",
+    "undecided": "undecided: zero is not excluded",
+    "not run": "not run",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A study with what was measured so far.
+
+    Attributes:
+        study: The study.
+        scale: Name of the scale.
+        settings: What it changes.
+        planned: Rows and runs.
+        comparison: All records; models are called as the rows.
+        results: The orderings.
+        published: The published tables.
+    """
+
+    study: Study
+    scale: str
+    settings: Scale
+    planned: Sequence[Planned]
+    comparison: Comparison
+    results: Sequence[Result]
+    published: Mapping[str, PublishedTable]
+
+    def interval(self, name: str, sweep: StudySweep, rate: float) -> Interval | None:
+        """Return our accuracy at a published rate: over training seeds where there are several, else over devices."""
+        if sweep.label not in self.comparison.faults:
+            return None
+        found = self.comparison.summary(sweep.label, name, rates_at(sweep, self.scale, [rate]))
+        return None if found is None else found[1] or found[0]
+
+    def theirs(self, row: Planned, sweep: StudySweep, rate: float) -> float | None:
+        """Return the published accuracy, or None."""
+        if sweep.published is None or row.row.published is None:
+            return None
+        return self.published[sweep.published].accuracy(row.row.published, rate)
+
+    @property
+    def cost(self) -> tuple[float, list[str]]:
+        """Processor time of all runs of the study in seconds (shared ones too), and the machines they ran on."""
+        jobs = [(job, entry) for entry in self.planned for job in entry.jobs]
+        folders = {job.folder for job, _ in jobs} | {job.search_folder for job, _ in jobs if job.searches}
+        folders |= {job.measure_folder(found) for job, entry in jobs for found in entry.measurements}
+        spent = [cost(folder) for folder in folders]
+        return sum(s["cpu_s"] for s in spent), sorted({name for s in spent for name in s["machines"]}) or [machine()]
+
+
+def collect(
+    study: Study,
+    planned: Sequence[Planned],
+    *,
+    scale: str,
+    settings: Scale,
+    published: Mapping[str, PublishedTable],
+    out: Path,
+) -> Outcome:
+    """Join the records of all rows in ``out/records.jsonl``, and compare them.
+
+    Args:
+        study: The study.
+        planned: Its rows and runs.
+        scale: Name of the scale.
+        settings: What it changes.
+        published: The published tables.
+        out: Folder of the result, made when missing.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lines: list[dict[str, Any]] = []
+    for entry in planned:
+        for job in entry.jobs:
+            for measurement in entry.measurements:
+                lines += [{**line, "model": entry.row.name} for line in records(job, measurement)]
+    atomic_write(out / RECORDS, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    comparison = read_comparison(out / RECORDS) if lines else nothing_compared()
+    results = check(study, comparison, scale=scale, published=published)
+    return Outcome(
+        study=study,
+        scale=scale,
+        settings=settings,
+        planned=planned,
+        comparison=comparison,
+        results=results,
+        published=published,
+    )
+
+
+def write(outcome: Outcome, out: Path) -> str:
+    """Write ``table.md``, ``table.csv``, ``result.json`` and ``runs.jsonl`` into a folder; return the Markdown."""
+    text = to_markdown(outcome)
+    atomic_write(out / "table.md", text.encode())
+    atomic_write(out / "table.csv", to_csv(_lines(outcome)).encode())
+    atomic_write(out / "result.json", (json.dumps(_plain(outcome), indent=1) + "\n").encode())
+    atomic_write(out / "runs.jsonl", "".join(json.dumps(line) + "\n" for line in _runs(outcome)).encode())
+    return text
+
+
+def to_markdown(outcome: Outcome) -> str:
+    """Return the tables, the orderings and how they were made."""
+    study = outcome.study
+    lines = [f"# {study.title}", ""]
+    if outcome.scale == "small" and study.small:
+        lines += [f"Scale `small`: {study.small}", ""]
+    for sweep in study.sweeps:
+        lines += _table(outcome, sweep)
+    if outcome.results:
+        lines += _orderings(outcome.results)
+    lines += [f"- {entry.row.name}: {entry.row.note}" for entry in outcome.planned if entry.row.note]
+    return "\n".join([*lines, "", *_how(outcome)]) + "\n"
+
+
+def _table(outcome: Outcome, sweep: StudySweep) -> list[str]:
+    rates = (0.0, *sweep.rates)
+    ours = rates_at(sweep, outcome.scale, rates)
+    heads = [
+        "clean" if not rate else f"{rate:g}" + (f" (ours {own:g})" if own != rate else "")
+        for rate, own in zip(rates, ours, strict=True)
+    ]
+    lines = [f"## {fault_name(sweep.label)}, accuracy in percent", ""]
+    lines += ["| network, training | | params | FLOPs | " + " | ".join(heads) + " |"]
+    lines += ["|---|---|---:|---:|" + "---:|" * len(heads)]
+    sizes = {model.name: model for model in outcome.comparison.models}
+    for entry in outcome.planned:
+        name = entry.row.name
+        size = sizes.get(name)
+        cells = [_cell(outcome.interval(name, sweep, rate)) for rate in rates]
+        shown = [big(size.params), big(size.flops)] if size is not None else ["", ""]
+        lines.append(f"| {name} | ours | {' | '.join([*shown, *cells])} |")
+        theirs = [outcome.theirs(entry, sweep, rate) for rate in rates]
+        if any(value is not None for value in theirs) and entry.row.published is not None and sweep.published:
+            row = outcome.published[sweep.published].row(entry.row.published)
+            assert row is not None
+            shown = [f"{value:g}M" if value is not None else "" for value in (row.params, row.flops)]
+            cells = ["" if value is None else f"{100 * value:.1f}" for value in theirs]
+            lines.append(f"| | published | {' | '.join([*shown, *cells])} |")
+    return [*lines, ""]
+
+
+def _cell(interval: Interval | None) -> str:
+    if interval is None:
+        return "not run"
+    mean = f"{100 * interval.mean:.1f}"
+    if not is_known(interval.low) or interval.low == interval.high:
+        return mean
+    return f"{mean} ({100 * max(0.0, interval.low):.1f}–{100 * min(1.0, interval.high):.1f})"
+
+
+def _orderings(results: Sequence[Result]) -> list[str]:
+    lines = ["## What the paper says, and what was measured here", ""]
+    lines += ["Differences in points, with 95% intervals.", ""]
+    lines += ["| claim | at this scale | comparison | ours | published |", "|---|---|---|---:|---:|"]
+    for result in results:
+        for number, pair in enumerate(result.pairs):
+            head = (result.ordering.claim, _verdict(result)) if not number else ("", "")
+            shown = pair.shown
+            ours = "" if shown is None else _signed(shown)
+            theirs = "" if pair.published is None else f"{100 * pair.published:+.1f}"
+            lines.append(f"| {head[0]} | {head[1]} | {pair.better} minus {pair.worse} | {ours} | {theirs} |")
+    return [*lines, ""]
+
+
+def _verdict(result: Result) -> str:
+    if result.ordering.measure != "same":
+        return _VERDICTS[result.verdict]
+    differs, unseen = "**does not hold: they differ**", "no difference is seen, which proves none"
+    return {"reversed": differs, "undecided": unseen}.get(result.verdict, _VERDICTS[result.verdict])
+
+
+def _signed(interval: Interval) -> str:
+    if not is_known(interval.low):
+        return f"{100 * interval.mean:+.1f}"
+    return f"{100 * interval.mean:+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
+
+
+def _how(outcome: Outcome) -> list[str]:
+    settings = outcome.settings
+    seconds, machines = outcome.cost
+    seeds = sorted({seed for model in outcome.comparison.models for seed in model.seeds})
+    several = len(seeds) > 1
+    how = (
+        "Student's t over training seeds"
+        if several
+        else "Student's t over devices, which tells nothing of new trainings"
+    )
+    claim = (
+        "A claim holds where both Welch's t over training seeds and the hierarchical bootstrap over seeds, devices and "
+        "images exclude zero, in every comparison that it is made of."
+        if several
+        else "A claim holds where the interval, paired over devices, excludes zero in every comparison of it."
+    )
+    return [
+        f"Training seeds {', '.join(map(str, seeds)) or 'none yet'}; {settings.devices} devices a rate, the same ones "
+        f"for all networks; {outcome.comparison.num_images} test images. Intervals: {how}. {claim} Intervals are not "
+        "corrected for their number.",
+        "",
+        f"Processor time of all runs: {seconds / 60:.1f} minutes ({'; '.join(machines)}). Config hashes and the "
+        "accuracy of each seed and device are in runs.jsonl.",
+    ]
+
+
+def _lines(outcome: Outcome) -> list[list[Any]]:
+    names = "row,fault,published_rate,rate,published,mean,low,high,method,seeds,params,flops"
+    rows: list[list[Any]] = [names.split(",")]
+    sizes = {model.name: model for model in outcome.comparison.models}
+    for sweep in outcome.study.sweeps:
+        for entry in outcome.planned:
+            for rate in (0.0, *sweep.rates):
+                name, own = entry.row.name, rates_at(sweep, outcome.scale, [rate])[0]
+                head = [name, sweep.label, rate, own, outcome.theirs(entry, sweep, rate)]
+                interval = outcome.interval(name, sweep, rate)
+                if interval is None:
+                    rows.append([*head, *[None] * 7])
+                    continue
+                size = sizes[name]
+                bounds = [f"{value:.5f}" if is_known(value) else None for value in (interval.low, interval.high)]
+                sizes_of = [len(size.seeds), size.params, size.flops]
+                rows.append([*head, f"{interval.mean:.5f}", *bounds, interval.method, *sizes_of])
+    return rows
+
+
+def _plain(outcome: Outcome) -> dict[str, Any]:
+    seconds, machines = outcome.cost
+    orderings = [
+        {
+            "claim": result.ordering.claim,
+            "verdict": result.verdict,
+            "pairs": [
+                {
+                    **{key: getattr(pair, key) for key in ("better", "worse", "verdict", "published")},
+                    "interval": _interval(pair.interval),
+                    "over_seeds": _interval(pair.over_seeds),
+                }
+                for pair in result.pairs
+            ],
+        }
+        for result in outcome.results
+    ]
+    scale = outcome.settings.model_dump(mode="json")
+    return {
+        "study": outcome.study.name,
+        "scale": {"name": outcome.scale, **scale},
+        "cpu_s": round(seconds, 1),
+        "machines": machines,
+        "orderings": orderings,
+    }
+
+
+def _interval(interval: Interval | None) -> dict[str, Any] | None:
+    if interval is None:
+        return None
+    plain = asdict(interval)
+    return {key: None if isinstance(value, float) and not is_known(value) else value for key, value in plain.items()}
+
+
+def _runs(outcome: Outcome) -> list[dict[str, Any]]:
+    """Return one record a training: hashes, cost, and the accuracy of each device at each rate."""
+    runs = []
+    for entry in outcome.planned:
+        for job in entry.jobs:
+            accuracy: dict[str, dict[str, list[float]]] = {}
+            for measurement in entry.measurements:
+                for line in records(job, measurement):
+                    at_rates = accuracy.setdefault(line["fault"], {})
+                    at_rates.setdefault(f"{line['rate']:g}", []).append(line["accuracy"])
+            if not accuracy:
+                continue
+            spent = cost(job.folder)
+            runs.append(
+                {
+                    "row": entry.row.name,
+                    "seed": job.seed,
+                    "training": job.key,
+                    **({"search": job.search_key} if job.searches else {}),
+                    "measurements": {found.sweep.label: job.measure_key(found) for found in entry.measurements},
+                    "train_cpu_s": spent["cpu_s"],
+                    "train_wall_s": spent["wall_s"],
+                    "accuracy": accuracy,
+                }
+            )
+    return runs

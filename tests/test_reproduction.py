@@ -1,0 +1,279 @@
+"""Reproduction of tables: claims on made records, published figures, and one tiny table from end to end."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+from test_report import make_records, write
+
+from ftnas.records import read_comparison
+from ftnas.reproduction import jobs, runner
+from ftnas.reproduction.orderings import check
+from ftnas.reproduction.result import collect, to_markdown
+from ftnas.reproduction.result import write as write_result
+from ftnas.reproduction.runner import run
+from ftnas.reproduction.study import Scale, Study, plan, read_published, read_scale, read_study, study_names
+from ftnas.settings import parse
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "reproduce.py"
+FAULT = {"name": "mibb", "mac_error_rate": 1e-3}
+ROW = {"config": "quickstart", "model": "resnet20"}
+
+
+def study_of(names, orderings, *, rates=(1e-4, 1e-3), published=None, **sweep):
+    sweeps = [{"fault": FAULT, "rates": list(rates), "published": published, **sweep}]
+    rows = [{"name": name, **ROW} for name in names]
+    data = {"version": 1, "name": "made", "title": "Made", "sweeps": sweeps, "rows": rows, "orderings": orderings}
+    return parse(Study, data)
+
+
+def claim(better, worse, **more):
+    return {"claim": "c", "better": better, "worse": worse, **more}
+
+
+# Claims
+
+
+def write_lines(path, accuracies):
+    """Write records of accuracies {model: {rate: [seed, device]}}, without images."""
+    template = make_records(seeds=1, devices=1, names=("a",), images=40)[0]
+    lines = []
+    for model, rates in accuracies.items():
+        for rate, values in rates.items():
+            for seed, row in enumerate(values):
+                for device, value in enumerate(row):
+                    line = {**template, "model": model, "train_seed": seed, "fault": "mibb", "rate": rate}
+                    line |= {"device": device if rate else None, "accuracy": value, "correct": None}
+                    lines.append(line)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return read_comparison(path)
+
+
+def made(base, *, seeds=3, devices=4, spread=0.01):
+    """Return [seed, device] accuracies around a base, with a known spread over the seeds."""
+    return [
+        [base + spread * (seed - (seeds - 1) / 2) + 0.001 * device for device in range(devices)]
+        for seed in range(seeds)
+    ]
+
+
+def verdicts(study, comparison, scale="full"):
+    return [result.verdict for result in check(study, comparison, scale=scale, published={})]
+
+
+def test_claims_hold_are_reversed_or_undecided_as_the_records_were_made(tmp_path):
+    accuracies = {
+        name: {rate: made(base) for rate in (1e-4, 1e-3)} for name, base in (("a", 0.6), ("b", 0.4), ("c", 0.601))
+    }
+    comparison = write_lines(tmp_path / "records.jsonl", accuracies)
+    claims = [claim("a", "b"), claim("b", "a"), claim("a", "c"), claim("a", "d"), claim("a", ["b", "c"])]
+    claims += [claim(["a", "c"], "b"), claim("a", "c", measure="same"), claim("a", "b", measure="same")]
+    study = study_of("abcd", claims)
+    expected = ["holds", "reversed", "undecided", "not run", "undecided", "holds", "undecided", "reversed"]
+    assert verdicts(study, comparison) == expected
+
+
+def test_a_claim_needs_the_interval_over_seeds_and_not_devices_alone(tmp_path):
+    # a is above b on every device of every seed pair on average, but seeds spread by more than the gap
+    wide = {"a": {1e-4: made(0.50, spread=0.2)}, "b": {1e-4: made(0.45, spread=0.2)}}
+    comparison = write_lines(tmp_path / "records.jsonl", wide)
+    result = check(study_of("ab", [claim("a", "b")], rates=(1e-4,)), comparison, scale="full", published={})[0]
+    pair = result.pairs[0]
+    means = [np.mean(wide[name][1e-4], axis=1) for name in "ab"]
+    welch = stats.ttest_ind(*means, equal_var=False).confidence_interval(0.95)
+    assert result.verdict == "undecided"
+    assert (pair.shown.low, pair.shown.high) == pytest.approx((welch.low, welch.high))
+    one = {name: {1e-4: rows[1e-4][:1]} for name, rows in wide.items()}
+    comparison = write_lines(tmp_path / "one.jsonl", one)
+    pair = check(study_of("ab", [claim("b", "a")], rates=(1e-4,)), comparison, scale="full", published={})[0].pairs[0]
+    assert pair.over_seeds is None and pair.interval.method == "paired Student t"
+    assert pair.interval.mean == pytest.approx(-0.05)
+
+
+def test_loss_compares_what_faults_take_away(tmp_path):
+    # b is less accurate at every rate and loses less
+    accuracies = {
+        "a": {0.0: made(0.9, devices=1), 1e-4: made(0.6)},
+        "b": {0.0: made(0.5, devices=1), 1e-4: made(0.45)},
+    }
+    comparison = write_lines(tmp_path / "records.jsonl", accuracies)
+    study = study_of("ab", [claim("a", "b"), claim("b", "a", measure="loss")], rates=(1e-4,))
+    results = check(study, comparison, scale="full", published={})
+    assert [result.verdict for result in results] == ["holds", "holds"]
+    assert results[1].pairs[0].interval.mean == pytest.approx(0.25)
+
+
+def test_rates_of_the_small_scale_are_multiples_of_the_published_ones(tmp_path):
+    accuracies = {"a": {8e-4: made(0.6)}, "b": {8e-4: made(0.4)}}
+    comparison = write_lines(tmp_path / "records.jsonl", accuracies)
+    study = study_of("ab", [claim("a", "b", rates=[1e-4])], rates=(1e-4,), small_factor=8)
+    assert verdicts(study, comparison, scale="small") == ["holds"]
+    assert verdicts(study, comparison, scale="full") == ["not run"]
+
+
+def test_images_are_paired(tmp_path):
+    path = write(tmp_path, make_records(seeds=3, devices=4, gap=0.3, names=("a", "b"), images=40))
+    comparison = read_comparison(path / "records.jsonl")
+    rates = comparison.rates["mibb"]
+    assert verdicts(study_of("ab", [claim("a", "b")], rates=rates), comparison) == ["holds"]
+
+
+# Data
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_studies_are_whole(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("FTNAS_CIFAR10_FOLDERS", str(tmp_path))
+    study, published = read_study(name), read_published()
+    for sweep in study.sweeps:
+        if sweep.published is not None:
+            assert set(sweep.rates) <= set(published[sweep.published].rates)
+            for row in study.rows:
+                assert row.published is None or published[sweep.published].row(row.published) is not None
+    for scale in ("small", "full"):
+        planned = plan(study, scale=scale, settings=read_scale(scale), cache=tmp_path)
+        keys = [job.key for entry in planned for job in entry.jobs]
+        assert len(set(keys)) == len(keys), "two rows are the same training"
+
+
+def test_published_figures_say_what_the_paper_says_of_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTNAS_CIFAR10_FOLDERS", str(tmp_path))
+    empty = write_lines(tmp_path / "r.jsonl", {"nobody": {0.0: made(0.5, devices=1)}})
+    checked = 0
+    for name in study_names():
+        for result in check(read_study(name), empty, scale="full", published=read_published()):
+            gaps = [pair.published for pair in result.pairs if pair.published is not None]
+            checked += len(gaps)
+            assert all(gap > 0 for gap in gaps), (name, result.ordering.claim, gaps)
+    assert checked > 5
+
+
+@pytest.mark.parametrize("wrong, message", [({"better": "z"}, "no row is called 'z'"), ({"sweep": "x"}, "no sweep is")])
+def test_orderings_name_rows_and_sweeps_that_are_there(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        study_of("ab", [{**claim("a", "b"), **wrong}])
+
+
+# Runs
+
+CONFIG = {
+    "version": 1,
+    "name": "tiny",
+    "device": "cpu",
+    "threads": 1,
+    "data": {"name": "digits", "subset": 128},
+    "hardware": {"fault": FAULT, "layers": "conv2d"},
+    "train": {
+        "recipe": {"epochs": 1, "batch_size": 32, "lr": 0.05},
+        "models": {"a": {"baseline": "resnet20", "width": 0.25}, "b": {"baseline": "mobilenet_v2", "width": 0.125}},
+    },
+    "campaign": {"sweeps": [{"fault": FAULT, "rates": [1e-3]}]},
+}
+TINY = Scale(seeds=(0, 1), devices=2, images=50, batch_size=50)
+
+
+def tiny_study(folder, rates=(1e-3,)):
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    study = {
+        "version": 1,
+        "name": "tiny",
+        "title": "Tiny",
+        "sweeps": [{"fault": FAULT, "rates": list(rates)}],
+        "rows": [{"name": name, "config": str(folder / "tiny.yaml"), "model": name} for name in "ab"],
+        "orderings": [claim("a", "b")],
+    }
+    return parse(Study, study)
+
+
+def test_a_tiny_table_from_end_to_end_and_nothing_is_done_twice(tmp_path):
+    study, cache, out = tiny_study(tmp_path), tmp_path / "cache", tmp_path / "out"
+    common = {"scale": "full", "settings": TINY}
+    planned = plan(study, **common, cache=cache)
+    run(planned)
+    outcome = collect(study, planned, **common, published={}, out=out)
+    text = write_result(outcome, out)
+    assert text == to_markdown(outcome) and "| a | ours |" in text and "not run" not in text
+    lines = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["seed"]) for line in lines] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    assert all(line["training"] and len(line["accuracy"]["mibb"]["0.001"]) == 2 for line in lines)
+    result = json.loads((out / "result.json").read_text())
+    assert result["orderings"][0]["verdict"] in ("holds", "reversed", "undecided") and result["cpu_s"] > 0
+    assert (out / "table.csv").read_text().count("\n") == 1 + 2 * 2
+
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    run(plan(study, **common, cache=cache))
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == before
+
+    # one rate more is measured on the trained networks, in the same folders
+    more = plan(tiny_study(tmp_path, rates=(1e-3, 2e-3)), **common, cache=cache)
+    run(more)
+    models = [path for path in before if path.name == "model.pt"]
+    assert models and all(path.stat().st_mtime_ns == before[path] for path in models)
+    assert [jobs.missing(e.jobs[0], e.measurements[0]) for e in more] == [0, 0]
+    assert len(list(cache.iterdir())) == 8
+
+
+def test_what_decides_the_result_decides_the_hash(tmp_path):
+    def key(*overrides):
+        return (
+            plan(tiny_study(tmp_path), scale="full", settings=TINY, cache=tmp_path, overrides=overrides)[0].jobs[0].key
+        )
+
+    same = ["name=other", "data.root=null", "campaign.devices=3", "train.models.c={baseline: vgg16}", "pool.workers=0"]
+    other = ["seed=1", "train.recipe.epochs=2", "hardware.fault.mac_error_rate=0.1", "data.subset=100", "threads=2"]
+    assert {key(change) for change in same} == {key()}
+    assert len({key(change) for change in [*other, "train.models.a.width=0.5"]} | {key()}) == len(other) + 2
+    clean = ["train.recipe.alpha_l=0"]
+    assert key(*clean) == key(*clean, "hardware.fault=null") != key()
+
+
+def test_another_process_at_a_run_is_waited_for(tmp_path, monkeypatch):
+    study = tiny_study(tmp_path)
+    planned = plan(study, scale="full", settings=TINY, cache=tmp_path / "cache")
+    tries = []
+
+    def busy_once(job):
+        tries.append(job.key)
+        if len(tries) <= 4:
+            raise jobs_in_use
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / jobs.DONE).write_text("{}")
+
+    jobs_in_use = runner.InUseError("in use")
+    monkeypatch.setattr(runner, "train", busy_once)
+    monkeypatch.setattr(runner, "measure", lambda *_: None)
+    monkeypatch.setattr(runner, "missing", lambda *_: 0)
+    monkeypatch.setattr(runner, "_PATIENCE_S", 0.0)
+    run(planned)
+    assert len(tries) == 8
+
+
+def script(capsys, *arguments):
+    """Run the script in this process: (exit code, stdout, stderr)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as error:
+            code = error.code
+    return code, *capsys.readouterr()
+
+
+def test_the_script_explains_a_mistake_in_one_line(capsys):
+    code, out, err = script(capsys, "table55")
+    assert code == 2 and out == ""
+    assert err.startswith("error: unknown study 'table55'") and err.count("\n") == 1
+
+
+def test_dry_run_prints_runs_of_the_papers_size_and_runs_nothing(capsys, tmp_path):
+    code, out, err = script(capsys, "table5", "--scale", "full", "--dry-run", "--cache", tmp_path)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert len(lines) == len(read_study("table5").rows) and all("to be trained" in line for line in lines)
+    assert list(tmp_path.iterdir()) == []

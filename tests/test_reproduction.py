@@ -166,11 +166,11 @@ CONFIG = {
     "name": "tiny",
     "device": "cpu",
     "threads": 1,
-    "data": {"name": "digits", "subset": 128},
+    "data": {"name": "digits", "subset": 64},
     "hardware": {"fault": FAULT, "layers": "conv2d"},
     "train": {
         "recipe": {"epochs": 1, "batch_size": 32, "lr": 0.05},
-        "models": {"a": {"baseline": "resnet20", "width": 0.25}, "b": {"baseline": "mobilenet_v2", "width": 0.125}},
+        "models": {"a": {"baseline": "resnet20", "width": 0.25}, "b": {"baseline": "resnet20", "width": 0.375}},
     },
     "campaign": {"sweeps": [{"fault": FAULT, "rates": [1e-3]}]},
 }

@@ -60,10 +60,17 @@ class Reference(Settings):
 
 
 class Sample(Settings):
-    """A random architecture of a space."""
+    """A random architecture.
+
+    Attributes:
+        space: It is drawn from this space.
+        seed: Of the draw.
+        small_space: The space at the small scale, when it is another one.
+    """
 
     space: str
     seed: int
+    small_space: str | None = None
 
 
 class Row(Settings):
@@ -284,7 +291,7 @@ def plan(study: Study, *, scale: str, settings: Scale, cache: Path, overrides: S
     planned = []
     for row in study.rows:
         given = [*settings.settings, *row.settings, *(row.small if scale == "small" else ()), *overrides]
-        config = _only(read_config(row.config, [*given, *_sampled(row, cache)]), row)
+        config = _only(read_config(row.config, [*given, *_sampled(row, scale, cache)]), row)
         jobs = []
         for seed in settings.seeds:
             assert config.train is not None
@@ -294,12 +301,13 @@ def plan(study: Study, *, scale: str, settings: Scale, cache: Path, overrides: S
     return planned
 
 
-def _sampled(row: Row, cache: Path) -> list[str]:
+def _sampled(row: Row, scale: str, cache: Path) -> list[str]:
     """Write the random genotype of a row, and return the override that names it."""
     if row.sample is None:
         return []
     stream = generator(row.sample.seed, "reproduction", "sample")
-    space = load_space(row.sample.space)
+    small = row.sample.small_space if scale == "small" else None
+    space = load_space(small or row.sample.space)
     path = cache / "genotypes" / f"{space.name}-{row.sample.seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     Genotype.random(space, generator=stream).save(path)

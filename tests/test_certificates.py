@@ -1,13 +1,30 @@
-"""The largest failure distributions within a budget."""
+"""The largest failure distributions within a budget, and the certificates that say so."""
 
 import itertools
+import json
 
 import pytest
 import torch
+from torch import nn
 
-from ftnas.bounds import Cost, even, largest, tolerances
+from ftnas import baselines
+from ftnas.bounds import (
+    BoxOfInputs,
+    Cost,
+    Failures,
+    certify,
+    certify_samples,
+    even,
+    largest,
+    margins,
+    read_certificate,
+    summarize,
+    tolerances,
+    verify,
+    write_certificate,
+)
 from ftnas.bounds import search as searching
-from ftnas.rng import generator
+from ftnas.rng import generator, isolated
 
 
 def random_costs(sizes, *, rows=3, seed=0, times=1):
@@ -77,3 +94,194 @@ def test_no_budget_tolerates_what_costs_nothing_alone():
     assert largest(costs, torch.zeros(3, dtype=torch.float64)).counts == (0, 0)
     free = [Cost("free", torch.zeros(3, 5, dtype=torch.float64)), *costs]
     assert largest(free, torch.zeros(3, dtype=torch.float64)).counts == (4, 0, 0)
+
+
+def chain(seed=0):
+    with isolated(seed, "net"):
+        return nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+
+
+def normal(*shape, seed=1):
+    return torch.randn(*shape, generator=generator(seed, "x"))
+
+
+BOX = BoxOfInputs(low=(-1.0, -1.0, 0.0), high=(1.0, 1.0, 1.0))
+SMALL = BoxOfInputs(low=(0.0,), high=(1.0,))
+
+
+def crash(summary, x, chosen):
+    changes = {
+        layer.node: lambda value, dead=list(dead): value.index_fill(1, torch.tensor(dead, dtype=torch.int64), 0.0)
+        for layer, dead in zip(summary.layers, chosen, strict=True)
+    }
+    return summary.run(x, changes)[-1]
+
+
+def choices(summary, counts):
+    layers = zip(summary.layers, counts, strict=True)
+    return itertools.product(*(itertools.combinations(range(layer.shape[0]), n) for layer, n in layers))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_certificate_holds_and_is_the_largest_of_its_method(seed):
+    model = chain(seed)
+    certificate = certify(model, BOX, shape=(3,), failures=Failures(), budget=2.0)
+    verify(certificate, model)
+    assert certificate.search == "exact" and certificate.gap == 0
+    assert certificate.bound <= 2.0 and sum(certificate.counts) > 0
+    assert [layer.needed for layer in certificate.layers] == [5 - certificate.counts[0], 4 - certificate.counts[1]]
+    summary = summarize(model, (3,))
+    x = torch.tensor([-1.0, -1.0, 0.0]) + torch.rand(50, 3, generator=generator(0, "x")) * torch.tensor([2.0, 2.0, 1.0])
+    right = summary.run(x)[-1]
+    for chosen in choices(summary, certificate.counts):
+        assert float((crash(summary, x, chosen) - right).abs().max()) <= certificate.bound + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_samples_that_are_certified_keep_their_answers(seed):
+    model, x = chain(seed), 2.0 * normal(30, 3, seed=seed)
+    summary = summarize(model, (3,))
+    found = margins(summary, x, Failures())
+    answers = summary.run(x)[-1].argmax(1)
+    assert torch.equal(found.answers, answers)
+    for number, (layer, tolerated) in enumerate(zip(summary.layers, found.tolerated(), strict=True)):
+        for count in range(1, layer.shape[0] + 1):
+            kept = tolerated >= count
+            counts = [count if number == other else 0 for other in range(2)]
+            for chosen in choices(summary, counts):
+                assert torch.equal(crash(summary, x, chosen).argmax(1)[kept], answers[kept])
+    certificate = certify_samples(model, x, failures=Failures(), share=0.2)
+    verify(certificate, model, x)
+    kept = list(certificate.domain.certified)
+    assert len(kept) >= 6
+    for chosen in choices(summary, certificate.counts):
+        assert torch.equal(crash(summary, x, chosen).argmax(1)[kept], answers[kept])
+
+
+def test_a_margin_is_tight_where_the_difference_is_linear():
+    """Two logits that a neuron moves alike are not told apart by it: only the difference costs."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+        model[2].weight.copy_(torch.tensor([[5.0, 1.0], [5.0, 0.0]]))
+        for layer in (model[0], model[2]):
+            layer.bias.zero_()
+    found = margins(summarize(model, (2,)), torch.tensor([[1.0, 2.0]]), Failures())
+    assert float(found.budgets) == pytest.approx(2.0, rel=1e-5)
+    assert found.costs[0].sums[0].tolist() == pytest.approx([0.0, 2.0, 2.0])  # the second neuron alone matters
+
+
+@pytest.mark.parametrize("failures", [Failures(unit="channel"), Failures(component="synapse")])
+def test_certificates_of_a_residual_network(failures):
+    with isolated(0, "net"):
+        model = baselines.create("resnet20", width=0.25, image_size=8, in_channels=1).eval()
+    box = BoxOfInputs(low=(-1.0,), high=(1.0,))
+    certificate = certify(model, box, shape=(1, 8, 8), failures=failures, budget=1.0, spread_evenly=False)
+    verify(certificate, model)
+    assert certificate.search in ("exact", "greedy")
+    assert len(certificate.layers) == (22 if failures.component == "synapse" else 21)
+
+
+def test_files_are_read_as_they_were_written(tmp_path):
+    model, x = chain(), normal(8, 3)
+    for number, made in enumerate(
+        (
+            certify(model, BOX, shape=(3,), failures=Failures(kind="byzantine", capacity=0.5), budget=1.0),
+            certify(model, BOX, shape=(3,), failures=Failures(), budget=1.0, spread_evenly=True),
+            certify_samples(model, x, failures=Failures(), share=0.5),
+        )
+    ):
+        write_certificate(tmp_path / f"{number}.json", made)
+        again = read_certificate(tmp_path / f"{number}.json")
+        assert again == made
+        verify(again, model, x)
+
+
+def tampered(tmp_path, change, *, seal):
+    """Write a certificate, change its data, and read it; with ``seal`` its hash is made anew."""
+    model = chain()
+    path = tmp_path / "certificate.json"
+    write_certificate(path, certify(model, BOX, shape=(3,), failures=Failures(), budget=1.0))
+    plain = json.loads(path.read_text())
+    change(plain)
+    path.write_text(json.dumps(plain))
+    if seal:
+        from ftnas.bounds import certificate as module
+
+        plain.pop("sha256")
+        path.write_text(json.dumps({**plain, "sha256": module._hash(plain)}))
+    return model, path
+
+
+def more_failures(plain):
+    plain["layers"][0]["failures"] += 1
+    plain["layers"][0]["needed"] -= 1
+
+
+CHANGES = {
+    "failures": (more_failures, "can do more than the certificate allows|says that the bound is"),
+    "needed": (lambda plain: plain["layers"][0].update(needed=0), "needed is not components less failures"),
+    "box": (lambda plain: plain["domain"].update(high=[9.0, 9.0, 9.0]), "can do more than|says that the bound"),
+    "bound": (lambda plain: plain.update(bound=plain["bound"] / 2), "says that the bound is"),
+    "budget": (lambda plain: plain.update(budget=1e-3), "can do more than"),
+    "model": (lambda plain: plain.update(model="0" * 64), "of another model"),
+    "layer": (lambda plain: plain["layers"][0].update(name="other"), "names other layers"),
+    "kind": (lambda plain: plain["failures"].update(kind="byzantine", capacity=50.0), "can do more than"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_tampered_certificate_fails(tmp_path, name):
+    change, message = CHANGES[name]
+    _, path = tampered(tmp_path, change, seal=False)
+    with pytest.raises(ValueError, match="changed after it was written"):
+        read_certificate(path)
+    model, path = tampered(tmp_path, change, seal=True)
+    with pytest.raises(ValueError, match=message) as caught:
+        verify(read_certificate(path), model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_changed_model_or_other_samples_fail():
+    model, x = chain(), normal(8, 3)
+    box = certify(model, BOX, shape=(3,), failures=Failures(), budget=1.0)
+    samples = certify_samples(model, x, failures=Failures(), share=0.5)
+    with pytest.raises(ValueError, match="other samples"):
+        verify(samples, model, x + 1.0)
+    with pytest.raises(ValueError, match="other samples"):
+        verify(samples, model)
+    with torch.no_grad():
+        model[0].weight[0, 0] += 1e-3
+    for certificate in (box, samples):
+        with pytest.raises(ValueError, match="of another model"):
+            verify(certificate, model, x)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: certify(m, BOX, shape=(3,), failures=Failures(), budget=0.0), "a budget is a largest error above 0"),
+        (
+            lambda m: certify(m, BoxOfInputs(low=(0.0,), high=(1.0,)), shape=(3,), failures=Failures(), budget=1.0),
+            "of 3",
+        ),
+        (lambda m: certify_samples(m, normal(4, 3), failures=Failures(), share=0.0), "a share of the samples is in"),
+        (
+            lambda m: certify_samples(m, normal(4, 3), failures=Failures(component="synapse"), share=0.5),
+            "under failures of neurons",
+        ),
+        (lambda m: read_certificate("/nowhere.json"), "no certificate /nowhere.json"),
+    ],
+)
+def test_bad_input_is_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call(chain())
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_are_no_certificates(tmp_path):
+    path = tmp_path / "x.json"
+    for text in ("{", "[]", '{"version": 7}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="no certificate"):
+            read_certificate(path)

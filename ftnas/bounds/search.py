@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ftnas.bounds.worst import Cost
+from ftnas.bounds.worst import Cost, total
 
 MOST_TABLE = 2**24
 """Numbers that the exact search holds at once."""
@@ -62,8 +62,15 @@ def largest(costs: Sequence[Cost], budgets: Tensor) -> Found:
     return Found(counts, at_most, sum(counts) == at_most)
 
 
-def even(costs: Sequence[Cost], budgets: Tensor) -> Found:
-    """Find the largest share s so that s N_l failures (rounded down) in all layers at once are within the budgets."""
+def even(costs: Sequence[Cost], budgets: Tensor, *, samples: int = 1, share: float = 1.0) -> Found:
+    """Find the largest share s so that s N_l failures (rounded down) in all layers at once are within the budgets.
+
+    Args:
+        costs: Of each layer.
+        budgets: float64 [rows].
+        samples: How many samples the rows belong to, in blocks of equal length.
+        share: Of the samples, that must be within all their budgets; in (0, 1].
+    """
     sizes = [cost.components for cost in costs]
     steps = max(sizes)
 
@@ -73,15 +80,15 @@ def even(costs: Sequence[Cost], budgets: Tensor) -> Found:
     low, high = 0, steps
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if _fits(costs, counts(middle), budgets) else (low, middle - 1)
+        kept = within(costs, counts(middle), budgets, samples=samples)
+        low, high = (middle, high) if float(kept.double().mean()) >= share else (low, middle - 1)
     chosen = tuple(counts(low))
     return Found(chosen, sum(chosen), True)
 
 
-def _fits(costs: Sequence[Cost], counts: Sequence[int], budgets: Tensor) -> bool:
-    device = budgets.device
-    parts = [cost.at(torch.tensor([n], device=device))[:, 0] for cost, n in zip(costs, counts, strict=True)]
-    return bool((torch.stack(parts).sum(dim=0) <= budgets).all())
+def within(costs: Sequence[Cost], counts: Sequence[int], budgets: Tensor, *, samples: int) -> Tensor:
+    """Return which samples are within all their budgets under counts of failures, bool [samples]."""
+    return (total(costs, counts) <= budgets).view(samples, -1).all(dim=1)
 
 
 def _exhaustive(tables: Sequence[Tensor], budgets: Tensor) -> tuple[int, ...] | None:

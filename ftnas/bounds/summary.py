@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ftnas.bounds.lower import lower
-from ftnas.bounds.ops import Activation, Affine, Box, Constant, Op, Scale
+from ftnas.bounds.ops import Activation, Affine, Box, Concat, Constant, MaxPool, Op, Scale
 from ftnas.bounds.trace import PREFIX, check_in_place, label, path, trace
 
 Change = Callable[[Tensor], Tensor]
@@ -155,22 +154,20 @@ class Summary:
         """Return where the weights are."""
         return next((n.op.weight.device for n in self.nodes if isinstance(n.op, Affine)), torch.device("cpu"))
 
-    def digest(self) -> str:
-        """Return a SHA-256 of the operations, the shapes and the weights."""
-        state = hashlib.sha256()
+    def structure(self) -> str:
+        """Return the operations and shapes in words, without the weights."""
+        lines = []
         for node in self.nodes:
             op = node.op
-            kind = op.kind + str(op.lipschitz) if isinstance(op, Activation) else type(op).__name__
-            state.update(f"{kind} {node.inputs} {node.shape} {node.name};".encode())
-            tensors: tuple[Tensor, ...] = ()
-            if isinstance(op, Affine):
-                tensors = (op.weight, op.bias)
-                state.update(repr(op.window).encode())
-            elif isinstance(op, Scale):
-                tensors = (op.factor, op.shift)
-            for tensor in tensors:
-                state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return state.hexdigest()
+            kind = type(op).__name__
+            if isinstance(op, Activation):
+                kind += f" {op.kind} {op.lipschitz}"
+            elif isinstance(op, Affine):
+                kind += f" {op.window}"
+            elif isinstance(op, (MaxPool, Concat)):
+                kind = repr(op)
+            lines.append(f"{node.name}: {kind} of {node.inputs} -> {node.shape}")
+        return "\n".join(lines)
 
     def _apply(self, node: Node, function: Callable[..., Tensor], values: Sequence[Tensor]) -> Tensor:
         assert node.op is not None

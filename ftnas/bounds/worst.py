@@ -94,6 +94,12 @@ class Cost:
         partial = (self.sums[:, above] - self.sums[:, whole]) * rest
         return torch.where(rest > 0, cost + partial, cost)
 
+    def tolerated(self, budgets: Tensor) -> Tensor:
+        """Return for each row the most neurons within its budget when no other layer fails, int64 [rows]."""
+        assert self.times == 1
+        whole = torch.searchsorted(self.sums.contiguous(), budgets[:, None].contiguous(), right=True)[:, 0] - 1
+        return whole
+
     def tolerance(self, budgets: Tensor) -> int:
         """Return the largest count whose cost is within budgets [rows] when no other layer fails."""
         low, high = 0, self.components
@@ -139,7 +145,11 @@ def neuron_costs(summary: Summary, ranges: Ranges, failures: Failures) -> list[C
     for layer, gain in zip(summary.layers, found, strict=True):
         effects = _product(gain, failures.deviation(ranges.boxes[layer.node]))
         whole = failures.unit == "channel" and len(layer.shape) == 3
-        costs.append(Cost(layer.name, _sums(effects.flatten(3).sum(3) if whole else effects.flatten(2))))
+        costs.append(
+            Cost(
+                layer.name, sums_of_largest((effects.flatten(3).sum(3) if whole else effects.flatten(2)).flatten(0, 1))
+            )
+        )
     return costs
 
 
@@ -165,8 +175,8 @@ def synapse_costs(summary: Summary, ranges: Ranges, failures: Failures) -> list[
         assert isinstance(op, Affine)
         source = ranges.boxes[node.inputs[0]]
         deviation = _per_synapse(op, source, failures).view(len(source.low), -1, *[1] * (len(node.shape) - 1))
-        effects = _product(gain, deviation.expand(-1, *node.shape)).flatten(2)
-        costs.append(Cost(node.name, _sums(effects), times=op.fan_in))
+        effects = _product(gain, deviation.expand(-1, *node.shape)).flatten(2).flatten(0, 1)
+        costs.append(Cost(node.name, sums_of_largest(effects), times=op.fan_in))
     return costs
 
 
@@ -195,9 +205,9 @@ def _product(gain: Tensor, deviation: Tensor) -> Tensor:
     return torch.where((gain == 0).expand_as(product), 0.0, product)
 
 
-def _sums(effects: Tensor) -> Tensor:
-    """Return sums of the largest effects [B, M, n] of each row: [B M, n + 1]."""
-    effects = effects.flatten(0, 1).sort(dim=1, descending=True).values
+def sums_of_largest(effects: Tensor) -> Tensor:
+    """Return sums of the largest effects [rows, n] of each row: [rows, n + 1]."""
+    effects = effects.sort(dim=1, descending=True).values
     return torch.cat([effects.new_zeros(len(effects), 1), effects.cumsum(dim=1)], dim=1)
 
 

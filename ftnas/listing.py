@@ -26,6 +26,8 @@ def list_spaces() -> None:
     rows = []
     for name, space in _shipped("search_spaces"):
         size = f"{space['cells']} cells, {space['nodes']} nodes, {space['channels']} channels"
+        if space.get("saturation"):
+            size += f", weights by cell: {', '.join(space['saturation']['functions'])}"
         rows.append([name, size, space["preprocess"], ", ".join(space["primitives"])])
     print_table("Search spaces", ["name", "size", "preprocess", "primitives"], rows)
 

@@ -148,7 +148,8 @@ def read_start(model: nn.Module, path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: neither a model file nor a state_dict; give one of them as start")
     extra = tuple(f".{name}" for name in (MARK, WEIGHT, FEATURE, RULE))
     plain = {key: value for key, value in state.items() if not key.endswith(extra)}
-    check_state(model.state_dict(), plain, where=str(path))
+    own = {key: value for key, value in model.state_dict().items() if not key.endswith(extra)}
+    check_state(own, plain, where=str(path))
     model.load_state_dict(plain)
     return state
 

@@ -208,7 +208,8 @@ def draw_genotype(genotype: Mapping[str, Any], *, title: str | None = None) -> F
     edge runs from its source to its chip. Edges that compute nothing are dotted grey.
 
     Args:
-        genotype: ``{"normal": {"2": [["sep_conv_3x3", 0], ...], ...}, "reduce": ...}``, 0 and 1 the cell's inputs.
+        genotype: ``{"normal": {"2": [["sep_conv_3x3", 0], ...], ...}, "reduce": ...}``, 0 and 1 the cell's inputs; and
+                ``{"saturation": {"normal": "tanh", ...}}`` where it decides on functions.
         title: Above the cells; None takes the genotype's name.
 
     Raises:
@@ -233,7 +234,9 @@ def draw_genotype(genotype: Mapping[str, Any], *, title: str | None = None) -> F
         axes.set_xlim(-0.6, w - 0.6)
         axes.set_ylim(middle - h / 2, middle + h / 2)
         axes.axis("off")
-        axes.text(-0.3, middle + h / 2 - 0.2, names[name], color=MUTED, fontsize=10, va="top")
+        function = (genotype.get("saturation") or {}).get(name)
+        label = names[name] if function is None else f"{names[name]}, weights: {drawable(function)}"
+        axes.text(-0.3, middle + h / 2 - 0.2, label, color=MUTED, fontsize=10, va="top")
         _draw_cell(axes, cell, plan)
     text = drawable(str(genotype.get("name") or "") if title is None else title)
     at = (0.3 / width, 1 - 0.15 / (height + 0.4))

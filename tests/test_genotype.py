@@ -49,6 +49,7 @@ def genotypes(space: Space, count: int, *labels) -> list[Genotype]:
         ("ftt-features-4", 6, 4, 8, (2, 5), 20, 3, "relu_conv_bn_1x1"),
         ("ftt-weights", 6, 11, 8, (2, 5), 20, 3, "relu_conv_bn_3x3"),
         ("small-16x16", 4, 6, 3, (1,), 12, 1, "relu_conv_bn_1x1"),
+        ("small-16x16-saturated", 4, 6, 3, (1,), 12, 1, "relu_conv_bn_1x1"),
         ("small-8x8", 4, 6, 3, (1,), 8, 1, "relu_conv_bn_1x1"),
     ],
 )
@@ -61,7 +62,8 @@ def test_shipped_spaces(name, nodes, num_primitives, cells, reductions, channels
 
 
 def test_every_shipped_space_and_genotype_loads():
-    assert space_names() == ["ftt-features", "ftt-features-4", "ftt-weights", "small-16x16", "small-8x8"]
+    small = ["small-16x16", "small-16x16-saturated", "small-8x8"]
+    assert space_names() == ["ftt-features", "ftt-features-4", "ftt-weights", *small]
     for name in space_names():
         assert load_space(name) == load_space(shipped_folder("search_spaces") / f"{name}.yaml")
     for name in genotype_names():

@@ -150,7 +150,9 @@ def check_told(genotypes: Sequence[Genotype], rewards: Sequence[float], space: S
 
 def pack_state(controller: Controller, **extra: Any) -> dict[str, Any]:
     """Return the state that all controllers share (name, space, stream), and the given rest."""
+    functions = {"functions": list(controller.space.functions)} if controller.space.functions else {}
     return {
+        **functions,
         "controller": controller.config.name,
         "cells": list(controller.space.cell_types),
         "nodes": controller.space.nodes,
@@ -166,9 +168,9 @@ def check_state(controller: Controller, state: Mapping[str, Any], *, keys: Seque
     if missing:
         raise ValueError(f"controller state: {missing[0]!r} is missing; the checkpoint is not one of a controller")
     own = pack_state(controller)
-    for key in ("controller", "cells", "nodes", "primitives"):
-        if state[key] != own[key]:
-            raise ValueError(f"controller state: {key} must be {own[key]!r}, got {state[key]!r}")
+    for key in ("controller", "cells", "nodes", "primitives", "functions"):
+        if state.get(key) != own.get(key):
+            raise ValueError(f"controller state: {key} must be {own.get(key)!r}, got {state.get(key)!r}")
 
 
 def restore_generator(controller: Controller, state: Mapping[str, Any]) -> None:

@@ -22,8 +22,10 @@ from ftnas.controllers.base import (
 )
 from ftnas.rng import generator
 from ftnas.settings import Count, Positive, Rate
-from ftnas.space.genotype import Genotype
+from ftnas.space.genotype import Genotype, decision_sizes
 from ftnas.space.space import NUM_INPUTS, Space
+
+SOURCE, PRIMITIVE, FUNCTION = "source", "primitive", "function"
 
 
 class ReinforceConfig(ControllerConfig):
@@ -48,10 +50,11 @@ class CellPolicies(nn.Module):
     """One-layer LSTM policies, one per cell type, independent but stacked: one matrix product runs them all.
 
     With C cell types, V inputs (a start token, one per source, one per primitive), H hidden units and T
-    decisions a cell (per inner node: source, source, primitive, primitive), every parameter leads with C
+    decisions a cell (per inner node: source, source, primitive, primitive; then, where the space has functions, one
+    on the function of the cell's weights), every parameter leads with C
     and no operation mixes cell types. The input of a step is the embedding of the decision before it;
     sources are scored by one linear map, of whose outputs a node sees those of earlier nodes, primitives by
-    another; neither has a bias (ENAS).
+    another, functions by a third; none has a bias (ENAS).
 
     Args:
         space: What to decide on.
@@ -78,11 +81,12 @@ class CellPolicies(nn.Module):
         self.bias = uniform(1, 4 * hidden)
         self.source_head = uniform(hidden, sources)
         self.primitive_head = uniform(hidden, primitives)
-        self.is_source = [decision < 2 for _ in range(NUM_INPUTS, space.nodes) for decision in range(4)]
-        self.num_choices = [
-            node if decision < 2 else primitives for node in range(NUM_INPUTS, space.nodes) for decision in range(4)
-        ]
-        self._first_input = [1 if source else 1 + sources for source in self.is_source]
+        self.kinds = [kind for _ in range(NUM_INPUTS, space.nodes) for kind in (SOURCE, SOURCE, PRIMITIVE, PRIMITIVE)]
+        if space.functions:
+            self.function_head = uniform(hidden, len(space.functions))
+            self.kinds.append(FUNCTION)
+        self.num_choices = [size for row in decision_sizes(space) for size in row]
+        self._first_input = [1 + sources if kind == PRIMITIVE else 1 for kind in self.kinds]
 
     def unroll(self, choose: Callable[[int, Tensor], Tensor], *, batch: int) -> tuple[Tensor, list[Tensor]]:
         """Make all T decisions, each conditioned on those before it.
@@ -106,14 +110,20 @@ class CellPolicies(nn.Module):
             keep, write, read = gates[..., : 3 * self.hidden].sigmoid().chunk(3, dim=-1)
             cell = keep * cell + write * gates[..., 3 * self.hidden :].tanh()
             hidden = read * cell.tanh()
-            head = self.source_head[..., :num] if self.is_source[step] else self.primitive_head
-            logits = torch.bmm(hidden, head) / self.temperature
+            logits = torch.bmm(hidden, self._head(step, num)) / self.temperature
             if self.tanh_constant is not None:
                 logits = self.tanh_constant * logits.tanh()
             log_probs.append(F.log_softmax(logits, dim=-1))
             choices.append(choose(step, log_probs[-1]))
             token = choices[-1] + (row + self._first_input[step])
         return torch.stack(choices, dim=-1), log_probs
+
+    def _head(self, step: int, num: int) -> Tensor:
+        """Return the map that scores the choices of a step, float [C, H, num]."""
+        kind = self.kinds[step]
+        if kind == SOURCE:
+            return self.source_head[..., :num]
+        return self.primitive_head if kind == PRIMITIVE else self.function_head
 
     @torch.no_grad()
     def sample(self, num: int, *, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:
@@ -179,13 +189,19 @@ class ReinforceController(Controller):
         check_num(num)
         choices, _ = self.policies.sample(num, generator=self.generator)
         types = self.space.cell_types
-        rollouts = choices.unflatten(-1, (-1, 4)).transpose(0, 1).tolist()
-        return [Genotype.from_decisions(self.space, dict(zip(types, cells, strict=True))) for cells in rollouts]
+        rollouts = choices.transpose(0, 1).tolist()
+        rows = [[self._rows(cell) for cell in cells] for cells in rollouts]
+        return [Genotype.from_decisions(self.space, dict(zip(types, cells, strict=True))) for cells in rows]
+
+    def _rows(self, flat: list[int]) -> list[list[int]]:
+        """Return the T decisions of a cell in rows, as genotypes have them."""
+        return [flat[start : start + 4] for start in range(0, len(flat), 4)]  # a function is a row of its own
 
     def encode(self, genotypes: Sequence[Genotype]) -> Tensor:
         """Return the decisions of B genotypes, int64 [C, B, T]."""
         decisions = [genotype.to_decisions(self.space) for genotype in genotypes]
-        return torch.tensor([[one[cell] for one in decisions] for cell in self.space.cell_types]).flatten(-2)
+        types = self.space.cell_types
+        return torch.tensor([[[value for row in one[cell] for value in row] for one in decisions] for cell in types])
 
     def tell(self, genotypes: Sequence[Genotype], rewards: Sequence[float]) -> dict[str, float]:
         """Take one step on the rewards.
@@ -241,20 +257,23 @@ class ReinforceController(Controller):
 
         Returns:
             ``operator/CELL/PRIMITIVE``, the probability that an edge of the cell carries the primitive,
-            summing to 1 over primitives (mean of exact conditional probabilities), and the entropies that
-            ``tell`` returns.
+            summing to 1 over primitives (mean of exact conditional probabilities), ``saturation/CELL/FUNCTION``
+            likewise where the space has functions, and the entropies that ``tell`` returns.
         """
         stream = generator(self._seed, "controller", self.config.name, "summary")
         _, rows = self.policies.sample(num, generator=stream)
         entropies = torch.stack([-(row.exp() * row).sum(dim=-1) for row in rows], dim=-1)
-        edges = [row for row, is_source in zip(rows, self.policies.is_source, strict=True) if not is_source]
-        shares = torch.stack(edges).exp().mean(dim=(0, 2)).tolist()
-        operators = {
-            f"operator/{cell}/{primitive}": share
-            for cell, row in zip(self.space.cell_types, shares, strict=True)
-            for primitive, share in zip(self.space.primitives, row, strict=True)
-        }
-        return {**operators, **self._relative_entropies(entropies)}
+        shares: dict[str, float] = {}
+        for label, kind, names in (
+            ("operator", PRIMITIVE, self.space.primitives),
+            ("saturation", FUNCTION, self.space.functions),
+        ):
+            steps = [row for row, own in zip(rows, self.policies.kinds, strict=True) if own == kind]
+            if steps:
+                means = torch.stack(steps).exp().mean(dim=(0, 2)).tolist()
+                for cell, row in zip(self.space.cell_types, means, strict=True):
+                    shares |= {f"{label}/{cell}/{name}": share for name, share in zip(names, row, strict=True)}
+        return {**shares, **self._relative_entropies(entropies)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return parameters, Adam's moments, the baseline, the number of updates and the stream."""

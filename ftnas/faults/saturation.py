@@ -13,24 +13,17 @@ deployment, so that a flipped exponent bit can do no more than the bound of the 
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-import torch
-import torch.nn.functional as F
 from pydantic import field_validator, model_validator
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ftnas.faults.select import Layers, find_layers, select_layers
-from ftnas.faults.stored import AfterMemory, after_memory, inner_name, is_stored, plain_name
+from ftnas.faults.stored import is_stored
+from ftnas.saturated import FUNCTIONS, MARK, Saturated, after_memory, attach, chain, check_mark, detach
 from ftnas.settings import Positive, Settings, did_you_mean
-
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "arctan": torch.atan, "softsign": F.softsign}
-MARK = "saturation"
-"""Name in a layer's state of what it was saturated with: the text of `Saturated.identity`, as uint8 [length]."""
 
 
 class Saturation(Settings):
@@ -86,35 +79,6 @@ class Saturation(Settings):
         return Saturation(function=self.function, scale=scales, nan=self.nan)
 
 
-class Saturated(AfterMemory):
-    """The parametrization of one weight of any shape: s * f(w / s); same shape and dtype.
-
-    Attributes:
-        function: Name of f.
-        scale: s.
-        zeroes_nan: Whether NaN is read as 0.
-        identity: What a checkpoint says that it was trained with.
-    """
-
-    def __init__(self, function: str, scale: float, *, zeroes_nan: bool) -> None:
-        super().__init__()
-        self.function, self.scale, self.zeroes_nan = function, scale, zeroes_nan
-        self.identity = f"{function} scale={scale!r}"
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return what the layer computes with."""
-        x = weight if self.scale == 1.0 else weight / self.scale
-        # what is not finite is replaced before f and not after it, or its gradient would be NaN
-        largest = torch.finfo(x.dtype).max
-        x = torch.nan_to_num(x, nan=0.0) if self.zeroes_nan else x.clamp(-largest, largest)
-        out = FUNCTIONS[self.function](x)
-        return out if self.scale == 1.0 else out * self.scale
-
-    def extra_repr(self) -> str:
-        """Say it in ``print(model)``."""
-        return f"{self.identity}, nan={'zero' if self.zeroes_nan else 'keep'}"
-
-
 def saturate(
     model: nn.Module,
     function: str,
@@ -162,7 +126,7 @@ def saturate(
             raise ValueError(f"layer {name!r} is saturated already ({found.identity}); call unsaturate(model) first")
     for name in candidates:
         if name in chosen:
-            _attach(candidates[name], Saturated(function, float(scale), zeroes_nan=nan == "zero"))
+            attach(candidates[name], Saturated(function, float(scale), zeroes_nan=nan == "zero"))
     return model
 
 
@@ -180,12 +144,12 @@ def unsaturate(model: nn.Module) -> nn.Module:
     for name in names:
         if is_stored(layers[name]):
             raise ValueError("the model is inside inject(...); unsaturate it before or after the block")
-        if len(_chain(layers[name])) > 1:
+        if len(chain(layers[name])) > 1:
             raise ValueError(
                 f"layer {name!r} has a parametrization of its own, which cannot be folded; remove it first"
             )
     for name in names:
-        _detach(layers[name])
+        detach(layers[name])
     return model
 
 
@@ -204,62 +168,6 @@ def standard_deviation(weight: Tensor) -> float:
 def power_of_two(value: float) -> float:
     """Return the power of two that is nearest to a value > 0 on the logarithmic scale; 1 for 0."""
     return 2.0 ** round(math.log2(value)) if value > 0.0 else 1.0
-
-
-def _chain(module: nn.Module) -> parametrize.ParametrizationList:
-    return cast(parametrize.ParametrizationList, module.parametrizations.weight)  # type: ignore[union-attr]
-
-
-def _attach(module: nn.Module, saturated: Saturated) -> None:
-    alone = not parametrize.is_parametrized(module, "weight")
-    parametrize.register_parametrization(module, "weight", saturated)
-    if alone:
-        # torch refuses to pickle what is parametrized, since the class is made on the fly; ours can be made again
-        type(module).__reduce_ex__ = _reduce  # type: ignore[method-assign,assignment]
-    module.register_state_dict_post_hook(_marked_state)
-    module.register_load_state_dict_pre_hook(_checked_state)
-
-
-def _detach(module: nn.Module) -> None:
-    order = [*module._parameters]
-    _remove_hooks(module)
-    # torch deletes the property from the class, which a deep copy shares with its original: give the module its own
-    shared = type(module)
-    module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
-    parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-    for parameter in order:  # the weight came back as the last one; it stood before a bias
-        module._parameters[parameter] = module._parameters.pop(parameter)
-
-
-def _remove_hooks(module: nn.Module) -> None:
-    """Take our hooks off by what they are: a copy of a module shares no handles with the original."""
-    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
-        for key in [k for k, hook in hooks.items() if getattr(hook, "hook", hook) in (_marked_state, _checked_state)]:
-            del hooks[key]
-
-
-def _marked_state(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    plain_name(module, state, prefix, local_metadata)
-    found = after_memory(module)
-    if isinstance(found, Saturated):
-        state[prefix + MARK] = torch.tensor(list(found.identity.encode()), dtype=torch.uint8)
-
-
-def _checked_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    mark, found = state.pop(prefix + MARK, None), after_memory(module)
-    if isinstance(mark, Tensor) and isinstance(found, Saturated):
-        check_mark(mark, found, prefix[:-1])
-    inner_name(module, state, prefix)
-
-
-def check_mark(mark: Tensor, own: Saturated, layer: str) -> None:
-    """Refuse the state of a layer that was trained with another function than its own."""
-    text = bytes(mark.tolist()).decode(errors="replace")
-    if text != own.identity:
-        raise ValueError(
-            f"the state was trained with another function: layer {layer!r} is saturated by {own.identity}, the "
-            f"state by {text}; saturate the model as it was trained"
-        )
 
 
 def check_functions(model: nn.Module, state: Mapping[str, Any], *, where: str) -> None:
@@ -287,24 +195,3 @@ def check_functions(model: nn.Module, state: Mapping[str, Any], *, where: str) -
             check_mark(mark, own[layer], layer)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-
-
-def _reduce(module: nn.Module, protocol: int) -> Any:
-    """Pickle a saturated layer as the plain layer with its stored weight, and what it is saturated with."""
-    found = after_memory(module)
-    if not isinstance(found, Saturated) or len(_chain(module)) > 1:
-        raise RuntimeError("a layer with parametrizations of its own cannot be pickled; send its state_dict")
-    base: type[nn.Module] = type(module).__bases__[0]
-    plain = object.__new__(base)
-    plain.__dict__.update(module.__dict__)
-    for hooks in ("_state_dict_hooks", "_load_state_dict_pre_hooks"):
-        plain.__dict__[hooks] = copy.copy(module.__dict__[hooks])
-    _remove_hooks(plain)
-    plain.__dict__["_modules"] = {k: v for k, v in module._modules.items() if k != "parametrizations"}
-    plain.__dict__["_parameters"] = {"weight": _chain(module).original, **module._parameters}
-    return _rebuild, (plain, found.function, found.scale, found.zeroes_nan)
-
-
-def _rebuild(plain: nn.Module, function: str, scale: float, zeroes_nan: bool) -> nn.Module:
-    _attach(plain, Saturated(function, scale, zeroes_nan=zeroes_nan))
-    return plain

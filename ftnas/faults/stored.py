@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ftnas.quantize import Grid
+from ftnas.saturated import after_memory, inner_name, plain_name
 
 
 class Reader(Protocol):
@@ -75,26 +76,6 @@ class StoredWeight(nn.Module):
         return shared[self._layer]
 
 
-class AfterMemory(nn.Module):
-    """A parametrization that the layer applies to what it reads: an injection acts on what goes into it.
-
-    Attributes:
-        zeroes_nan: Whether it reads NaN as 0.
-        identity: What it is, in words.
-    """
-
-    zeroes_nan: bool
-    identity: str
-
-
-def after_memory(module: nn.Module) -> AfterMemory | None:
-    """Return what a layer applies to the weight that it reads, None without."""
-    if not parametrize.is_parametrized(module, "weight"):
-        return None
-    chain = module.parametrizations.weight  # type: ignore[union-attr]
-    return next((p for p in chain if isinstance(p, AfterMemory)), None)  # type: ignore[union-attr]
-
-
 def is_stored(module: nn.Module) -> bool:
     """Tell whether an injection reads this layer's weight."""
     if not parametrize.is_parametrized(module, "weight"):
@@ -132,18 +113,3 @@ def store_weight(module: nn.Module, reader: Reader, layer: str) -> Callable[[], 
             module._parameters[parameter] = module._parameters.pop(parameter)
 
     return undo
-
-
-_INNER = "parametrizations.weight.original"
-
-
-def plain_name(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Call the stored weight of a state by its plain name: a hook after ``state_dict``."""
-    if prefix + _INNER in state:
-        state[prefix + "weight"] = state.pop(prefix + _INNER)
-
-
-def inner_name(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Undo `plain_name`: a hook before ``load_state_dict``."""
-    if prefix + "weight" in state:
-        state[prefix + _INNER] = state.pop(prefix + "weight")

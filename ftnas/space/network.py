@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ftnas.saturated import PLAIN, saturate_cell
 from ftnas.space.genotype import Cell, Genotype
 from ftnas.space.macro import CellBase, CellNetwork
 from ftnas.space.ops import NONE, make_primitive
@@ -14,10 +15,10 @@ from ftnas.space.space import NUM_INPUTS, CellPlan, Space
 class NetworkCell(CellBase):
     """One cell: each inner node the sum of two edges, all inner nodes concatenated.
 
-    ``nodes.4.0`` is the first edge of node 4.
+    ``nodes.4.0`` is the first edge of node 4. The weights of its convolutions pass through ``function``.
     """
 
-    def __init__(self, cell: Cell, plan: CellPlan, space: Space) -> None:
+    def __init__(self, cell: Cell, plan: CellPlan, space: Space, *, function: str = PLAIN) -> None:
         super().__init__(plan, space, affine=True)
         self.nodes = nn.ModuleDict()
         self._active: list[tuple[str, list[tuple[int, int]]]] = []  # node, [(edge, its source)], `none` left out
@@ -32,6 +33,8 @@ class NetworkCell(CellBase):
                 for edge in node
             )
             self._active.append((str(number), [(i, edge.source) for i, edge in enumerate(node) if edge.op != NONE]))
+        if space.saturation is not None:
+            saturate_cell(self, [function], space.saturation.scale)
 
     def forward(self, older: Tensor, newer: Tensor) -> Tensor:
         """Map the outputs of the two previous cells to [B, channels * inner nodes, H, W]."""
@@ -83,10 +86,13 @@ def build_network(
     """
     sized = space.resized(channels=channels, cells=cells)
     genotype.validate(sized)
-    by_type = genotype.cells
+    by_type, functions = genotype.cells, genotype.saturation
     return Network(
         sized,
-        (NetworkCell(by_type[plan.cell_type], plan, sized) for plan in sized.layout()),
+        (
+            NetworkCell(by_type[plan.cell_type], plan, sized, function=functions.get(plan.cell_type, PLAIN))
+            for plan in sized.layout()
+        ),
         num_classes=num_classes,
         in_channels=in_channels,
         dropout=dropout,

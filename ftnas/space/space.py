@@ -9,7 +9,7 @@ from typing import Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from ftnas.settings import Count, Settings, did_you_mean, parse
+from ftnas.settings import Count, Positive, Settings, did_you_mean, parse
 from ftnas.shipped import find_file, shipped_names
 from ftnas.space.ops import NONE, PRIMITIVES, SKIP, check_primitive, module_label
 
@@ -44,6 +44,26 @@ class CellPlan:
     stride: int
 
 
+class CellSaturation(Settings):
+    """The bounded function that the weights of a cell pass through, as one more decision for each type of cell.
+
+    Attributes:
+        functions: What there is to choose from: ``none``, ``tanh``, ``arctan``, ``softsign``.
+        scale: s of s * f(w / s), see `ftnas.saturate`.
+    """
+
+    functions: tuple[Literal["none", "tanh", "arctan", "softsign"], ...] = Field(min_length=2)
+    scale: Positive = 1.0
+
+    @field_validator("functions")
+    @classmethod
+    def _once(cls, functions: tuple[str, ...]) -> tuple[str, ...]:
+        for index, name in enumerate(functions):
+            if name in functions[:index]:
+                raise ValueError(f"each function once, {name!r} is there twice")
+        return functions
+
+
 class Space(Settings):
     """A cell-based search space (FTT-NAS section 4.2).
 
@@ -58,6 +78,8 @@ class Space(Settings):
         channel_growth: Factor on the channels at each reduction.
         stem: The first layers.
         preprocess: The block that maps each input of a cell to the cell's channels.
+        saturation: Functions of the convolutions' weights among which a genotype decides for each type of cell; None:
+            weights are used as they are stored.
     """
 
     version: int
@@ -72,6 +94,7 @@ class Space(Settings):
     channel_growth: Count = 2
     stem: Stem = Stem()
     preprocess: Literal["relu_conv_bn_1x1", "relu_conv_bn_3x3"]
+    saturation: CellSaturation | None = None
 
     @field_validator("version")
     @classmethod
@@ -107,6 +130,11 @@ class Space(Settings):
         """The types of cell that occur, ``normal`` before ``reduce``; a genotype has one cell of each."""
         normal: tuple[CellType, ...] = ("normal",) if len(self.reductions) < self.cells else ()
         return (*normal, "reduce") if self.reductions else normal
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """What the function of a cell's weights may be; empty where a genotype does not decide on it."""
+        return () if self.saturation is None else self.saturation.functions
 
     @property
     def imported_primitives(self) -> tuple[str, ...]:

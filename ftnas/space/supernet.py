@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ftnas.saturated import MARK, PLAIN, saturate_cell
 from ftnas.space.genotype import Cell, Genotype
 from ftnas.space.macro import CellBase, CellNetwork
 from ftnas.space.ops import NONE, make_primitive, module_label
@@ -36,13 +37,19 @@ class SupernetCell(CellBase):
                         stride=self.edge_stride(source),
                         affine=False,
                     )
+        choice = None
+        if space.saturation is not None:
+            choice = saturate_cell(self, space.saturation.functions, space.saturation.scale)
+        self._choice = choice
 
     def edge_name(self, node: int, source: int, op: str) -> str:
         """Return the name, within the cell, of an edge's shared module."""
         return f"edges.{self._keys[node, source, op]}"
 
-    def forward(self, older: Tensor, newer: Tensor, cell: Cell) -> Tensor:
+    def forward(self, older: Tensor, newer: Tensor, cell: Cell, function: str = PLAIN) -> Tensor:
         """Map the outputs of the two previous cells to [B, channels * inner nodes, H, W] along one cell's edges."""
+        if self._choice is not None:
+            self._choice.now = function
         states = self.inputs(older, newer)
         edges, keys = self.edges, self._keys
         for number, node in enumerate(cell, start=NUM_INPUTS):
@@ -93,8 +100,9 @@ class Supernet(CellNetwork):
                 ``dropout_generator``.
         """
         genotype.validate(self.space)
-        cells = genotype.cells
-        return self.run(images, [(cells[cell_type],) for cell_type in self._cell_types], dropout_generator)
+        cells, functions = genotype.cells, genotype.saturation
+        paths = [(cells[cell_type], functions.get(cell_type, PLAIN)) for cell_type in self._cell_types]
+        return self.run(images, paths, dropout_generator)
 
 
 def use_batch_statistics(root: nn.Module) -> None:
@@ -145,9 +153,14 @@ def _copy(source: nn.Module, target: nn.Module, *, name: str) -> None:
     norms = {prefix: module for prefix, module in target.named_modules() if isinstance(module, _BatchNorm)}
     for norm in norms.values():
         norm.reset_parameters()
-    values, own = source.state_dict(), target.state_dict()
+    # what a layer was saturated with is decided by the genotype, and not copied
+    values, own = ({k: v for k, v in m.state_dict().items() if not _is_mark(k)} for m in (source, target))
     expected = {key for key in own if key in values or key.rpartition(".")[0] not in norms}
     for key in sorted(expected | values.keys()):
         if key not in own or key not in values or own[key].shape != values[key].shape:
             raise ValueError(f"copy_path: {name}.{key} does not fit; build the network of the same genotype and size")
     target.load_state_dict(values, strict=False)
+
+
+def _is_mark(key: str) -> bool:
+    return key.rpartition(".")[2] == MARK

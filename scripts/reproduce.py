@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ftnas.heap import keep_memory
+from ftnas.reproduction import ranges
 from ftnas.reproduction.jobs import missing, trained
 from ftnas.reproduction.result import collect, write
 from ftnas.reproduction.runner import run
@@ -42,11 +43,11 @@ def listing(planned: Sequence[Planned]) -> str:
     for entry in planned:
         for job in entry.jobs:
             left = sum(missing(job, measurement) for measurement in entry.measurements)
-            sweeps = ", ".join(f"{m.sweep.label} {job.measure_key(m)}" for m in entry.measurements)
+            sweeps = "".join(f", measure {m.sweep.label} {job.measure_key(m)}" for m in entry.measurements)
             state = f"{'trained' if trained(job) else 'to be trained'}, {left} measurements left"
             search = f"search {job.search_key}, " if job.searches else ""
             head = f"{entry.row.name}, seed {job.seed}: {entry.row.config} ({entry.row.model})"
-            lines.append(f"{head}, {search}train {job.key}, measure {sweeps}: {state}")
+            lines.append(f"{head}, {search}train {job.key}{sweeps}: {state}")
     return "\n".join(lines)
 
 
@@ -62,6 +63,9 @@ def reproduce(options: argparse.Namespace) -> None:
     if not options.report:
         run(planned)
     out = options.out or options.cache / f"{study.name}-{options.scale}"
+    if study.weights:
+        print(ranges.write(study, planned, out))
+        return
     outcome = collect(study, planned, scale=options.scale, settings=scale, published=read_published(), out=out)
     print(write(outcome, out))
 

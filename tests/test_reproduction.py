@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from scipy import stats
 from test_report import make_records, write
 
 from ftnas.records import read_comparison
-from ftnas.reproduction import jobs, runner
+from ftnas.reproduction import jobs, ranges, runner, stacks
 from ftnas.reproduction.orderings import check
 from ftnas.reproduction.result import collect, to_markdown
 from ftnas.reproduction.result import write as write_result
@@ -157,6 +158,47 @@ def test_published_figures_say_what_the_paper_says_of_them(tmp_path, monkeypatch
 def test_orderings_name_rows_and_sweeps_that_are_there(wrong, message):
     with pytest.raises(ValueError, match=message):
         study_of("ab", [{**claim("a", "b"), **wrong}])
+
+
+def test_stacks_have_five_layers_of_their_primitive():
+    for name, kernel, depthwise in (("sep_conv_5x5", 5, 10), ("dil_conv_3x3", 3, 5)):
+        model = getattr(stacks, name)(num_classes=7, in_channels=3)
+        assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 7)
+        convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1]
+        assert [m.kernel_size for m in convolutions] == [(kernel, kernel)] * depthwise
+
+
+def test_magnitudes_are_told_apart_by_kind():
+    model = ranges.mixed(num_classes=10, in_channels=3)
+    values = {"conv 3x3": 0.5, "conv 1x1": 2.0, "depthwise 3x3": 3.0}
+    for block in model.modules():
+        if isinstance(block, ranges.OneOfThree):
+            for layer in block.modules():
+                if isinstance(layer, torch.nn.Conv2d):
+                    kind = (
+                        "depthwise 3x3" if layer.groups > 1 else f"conv {layer.kernel_size[0]}x{layer.kernel_size[0]}"
+                    )
+                    torch.nn.init.constant_(layer.weight, -values[kind])
+                    layer.weight.data.view(-1)[0] = 0.0
+    found = ranges.magnitudes(model)
+    assert {kind: value.max for kind, value in found.items()} == values
+    assert all(found[kind].mean < value < found[kind].mean * 1.1 for kind, value in values.items())
+
+
+def test_each_training_step_draws_one_of_three_and_a_copy_goes_on_the_same():
+    block = ranges.OneOfThree(4, 4, stride=1, index=0)
+    x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    counts = [0, 0, 0]
+    for number, choice in enumerate(block.choices):
+        choice.register_forward_hook(lambda *_, number=number: counts.__setitem__(number, counts[number] + 1))
+    for _ in range(60):
+        block(x)
+    # each is missed with probability (2/3)^60 < 3e-11
+    assert sum(counts) == 60 and all(counts)
+    other = ranges.OneOfThree(4, 4, stride=1, index=0)
+    other.load_state_dict(block.state_dict())
+    for _ in range(10):
+        assert torch.equal(block(x), other(x))
 
 
 # Runs

@@ -145,6 +145,7 @@ class Study(Settings):
         title: Heading of the result.
         small: What the small scale changes, in words.
         sweeps: What is measured.
+        weights: Read the magnitudes of the trained weights, by kind of convolution, in place of any sweep.
         rows: The networks.
         orderings: What the paper says of them.
     """
@@ -153,12 +154,17 @@ class Study(Settings):
     name: str
     title: str
     small: str = ""
-    sweeps: tuple[StudySweep, ...] = Field(min_length=1)
+    sweeps: tuple[StudySweep, ...] = ()
+    weights: bool = False
     rows: tuple[Row, ...] = Field(min_length=1)
     orderings: tuple[Ordering, ...] = ()
 
     @model_validator(mode="after")
     def _names(self) -> Study:
+        if bool(self.sweeps) == self.weights:
+            raise ValueError("a study measures sweeps or reads weights: give one of the two")
+        if self.weights and self.orderings:
+            raise ValueError("orderings compare accuracies and have no effect on weights; remove them")
         names = [row.name for row in self.rows]
         labels = [sweep.label for sweep in self.sweeps]
         for what, given in (("row", names), ("sweep", labels)):

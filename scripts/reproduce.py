@@ -78,6 +78,9 @@ def main() -> None:
     except ValueError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

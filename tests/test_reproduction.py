@@ -12,6 +12,7 @@ import yaml
 from scipy import stats
 from test_report import make_records, write
 
+from ftnas import FixedPoint, inject
 from ftnas.records import read_comparison
 from ftnas.reproduction import jobs, ranges, runner, stacks
 from ftnas.reproduction.orderings import check
@@ -183,6 +184,14 @@ def test_magnitudes_are_told_apart_by_kind():
     found = ranges.magnitudes(model)
     assert {kind: value.max for kind, value in found.items()} == values
     assert all(found[kind].mean < value < found[kind].mean * 1.1 for kind, value in values.items())
+
+
+def test_the_network_of_changing_paths_trains_under_fixed_point():
+    model = ranges.mixed(num_classes=10, in_channels=3)
+    with inject(model, quantization=FixedPoint(bits=8), layers="conv2d"):
+        for _ in range(6):
+            model(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))).sum().backward()
+    assert all(int(block.steps) == 6 for block in model.modules() if isinstance(block, ranges.OneOfThree))
 
 
 def test_each_training_step_draws_one_of_three_and_a_copy_goes_on_the_same():

@@ -15,7 +15,7 @@ from ftnas.models import load_model
 from ftnas.reproduction.jobs import cost, trained
 from ftnas.reproduction.study import Planned, Study
 from ftnas.rng import generator
-from ftnas.space.ops import make_primitive, make_stem, relu_conv_bn
+from ftnas.space.ops import activated_points, feature_points, make_primitive, make_stem, relu_conv_bn
 from ftnas.stats import Interval, paired_difference
 from ftnas.storage import atomic_write
 from ftnas.trainings import MODEL
@@ -64,6 +64,18 @@ class OneOfThree(nn.Module):
         return result
 
 
+class Mixed(nn.Sequential):
+    """A network whose path changes: it says itself where its features are."""
+
+    def feature_points(self) -> dict[str, str]:
+        """Return the name of each convolution's BatchNorm."""
+        return feature_points(self)
+
+    def activated_points(self) -> frozenset[str]:
+        """Return the convolutions whose features an activation function reads directly."""
+        return activated_points(self)
+
+
 def mixed(*, num_classes: int, in_channels: int) -> nn.Module:
     """Build a stack of such blocks that maps float images [B, in_channels, H, W] to logits [B, num_classes]."""
     layers: list[nn.Module] = [make_stem(in_channels=in_channels, out_channels=CHANNELS, affine=True)]
@@ -71,7 +83,7 @@ def mixed(*, num_classes: int, in_channels: int) -> nn.Module:
     for index, stride in enumerate(STRIDES):
         layers.append(OneOfThree(channels, channels * stride, stride=stride, index=index))
         channels *= stride
-    return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+    return Mixed(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
 @dataclass(frozen=True, kw_only=True)

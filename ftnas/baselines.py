@@ -167,6 +167,26 @@ def _resnet8(shape: Shape) -> nn.Module:
     return ResNet(shape, stages=(16, 32, 64), blocks=1)
 
 
+def perceptron(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
+    """Build a fully connected net of two hidden layers of 64 ReLU on 8x8 pixels: a factory for model configs.
+
+    Small and shallow, for bounds of failures that say something (docs/certificates.md).
+
+    Args:
+        num_classes: Number of classes.
+        in_channels: Of the images, which are averaged to 8x8.
+    """
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(8),
+        nn.Flatten(),
+        nn.Linear(64 * in_channels, 64),
+        nn.ReLU(),
+        nn.Linear(64, 64),
+        nn.ReLU(),
+        nn.Linear(64, num_classes),
+    )
+
+
 @BASELINES.register("resnet20")
 def _resnet20(shape: Shape) -> nn.Module:
     return ResNet(shape, stages=(16, 32, 64), blocks=3)

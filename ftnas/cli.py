@@ -42,6 +42,7 @@ def cli() -> None:
       ftnas search CONFIG    search an architecture
       ftnas train CONFIG     train it (or a baseline) for faulty hardware
       ftnas campaign CONFIG  measure models under the same faults
+    `ftnas bounds CONFIG` certifies what models tolerate.
     `ftnas run CONFIG` does all that the config asks for; `ftnas configs` lists what ships.
     Exit codes: 0 done, 2 a mistake in what was given (one line says which), 1 anything else.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
@@ -154,6 +155,27 @@ def campaign_command(pipeline: Pipeline) -> None:
     """Measure models on the test set: fault rates, single faults and protection, as CONFIG says."""
     pipeline.campaign()
     _report(pipeline.run.path)
+
+
+@_config_command("bounds", needs="bounds")
+def bounds_command(pipeline: Pipeline) -> None:
+    """Bound what failures can do to trained models at worst, as the bounds section of CONFIG says."""
+    click.echo(pipeline.bounds())
+    click.echo(f"written to {pipeline.run.path / 'bounds'}")
+
+
+@cli.command("verify")
+@click.argument("certificate", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--allow-factory", is_flag=True, help="The model file is your own and may import what it names.")
+def verify_command(certificate: Path, model: Path, allow_factory: bool) -> None:
+    """Check a CERTIFICATE (certificate.json of `ftnas bounds`) against a MODEL file: all numbers are computed again."""
+    from ftnas.bounds import read_certificate, verify
+    from ftnas.models import load_model
+
+    claim = read_certificate(certificate)
+    verify(claim, load_model(model, allow_factory=allow_factory)[0])
+    click.echo(f"holds: {sum(claim.counts)} failures in {len(claim.layers)} layers, error at most {claim.bound:.6g}")
 
 
 @cli.command("report")

@@ -20,6 +20,7 @@ from ftnas.search import SearchConfig
 from ftnas.settings import Count, Settings, parse
 from ftnas.shipped import shipped_names
 from ftnas.single import SingleFaultConfig
+from ftnas.tolerance import ToleranceConfig
 from ftnas.train import check_alpha
 from ftnas.tuning import AshaConfig
 
@@ -108,6 +109,7 @@ class RunConfig(Settings):
         campaign: Evaluation at fault rates, on the test set.
         single_faults: Evaluation of single faults, on the test set.
         protections: What to protect; chosen on training images, measured on the test set.
+        bounds: Worst cases of failures, of trained models; images of the test set.
         models: Further trained models to evaluate.
     """
 
@@ -126,6 +128,7 @@ class RunConfig(Settings):
     campaign: CampaignConfig | None = None
     single_faults: tuple[SingleFaultConfig, ...] = ()
     protections: tuple[ProtectionConfig, ...] = ()
+    bounds: ToleranceConfig | None = None
     models: dict[Name, GivenModel] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -149,10 +152,11 @@ class RunConfig(Settings):
                 "hardware.defects is a device to train for, and nothing here trains under faults, so that it has no "
                 "effect; add a train section with alpha_l above 0, or remove it"
             )
-        if self.models and not self.evaluates:
-            raise ValueError("models are for a campaign, and there is none; add a campaign or remove them")
-        if self.evaluates and self.train is None and not self.models:
-            raise ValueError("a campaign needs models: a train section, or trained ones under models")
+        looks = self.evaluates or self.bounds is not None
+        if self.models and not looks:
+            raise ValueError("models are for a campaign or bounds, and there is none; add one or remove them")
+        if looks and self.train is None and not self.models:
+            raise ValueError("a campaign (or bounds) needs models: a train section, or trained ones under models")
         for section in ("single_faults", "protections"):
             labels = [entry.label for entry in getattr(self, section)]
             if len(set(labels)) < len(labels):

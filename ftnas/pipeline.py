@@ -24,6 +24,7 @@ from ftnas.search import SearchConfig
 from ftnas.single import run_single_faults
 from ftnas.space import Genotype
 from ftnas.storage import load_checkpoint
+from ftnas.tolerance import run_tolerance
 from ftnas.trainings import MODEL, STOPPED, Failure, Training, check_failures, train_in_turn
 from ftnas.tuning import train_on_workers
 from ftnas.workers import open_pool
@@ -134,6 +135,15 @@ class Pipeline:
             choosing = _some(self.train_images, protection.images)
             run_protection(subjects, choosing, images, config=protection, hardware=hardware, seed=seed, folder=self.run)
 
+    def bounds(self) -> str:
+        """Bound what failures can do to every trained model at worst; those that have their numbers keep them."""
+        config = self.config.bounds
+        if config is None:
+            raise ValueError(f"the config {self.config.name!r} has no bounds section")
+        images = _some(load(self.config.data, "test").to(self.device), config.images)
+        seed = seed_for(self.config.seed, "bounds")
+        return run_tolerance(list(self._subjects()), images, config=config, seed=seed, folder=self.run)
+
     def stages(self) -> list[tuple[str, Callable[[], object]]]:
         """Return the stages that the config asks for, in order."""
         stages: list[tuple[str, Callable[[], object]]] = [
@@ -143,6 +153,8 @@ class Pipeline:
             stages.append(("train", self.train))
         if self.config.evaluates:
             stages.append(("campaign", self.campaign))
+        if self.config.bounds is not None:
+            stages.append(("bounds", self.bounds))
         return stages
 
     def _model_folder(self, name: str, train_seed: int) -> Folder:

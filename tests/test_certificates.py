@@ -53,7 +53,7 @@ def naive(costs, budgets):
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("seed", range(6))
 def test_the_search_is_exact_and_greedy_is_within_its_gap(seed, times, monkeypatch):
-    costs = random_costs((5, 3, 6), seed=seed, times=times)
+    costs = random_costs((5, 3, 6) if times == 1 else (3, 1, 4), seed=seed, times=times)
     budgets = torch.tensor([0.4, 0.8, 1.6], dtype=torch.float64) * (1 + seed)
     found = largest(costs, budgets)
     assert found.exact and found.gap == 0
@@ -150,12 +150,14 @@ def test_samples_that_are_certified_keep_their_answers(seed):
             counts = [count if number == other else 0 for other in range(2)]
             for chosen in choices(summary, counts):
                 assert torch.equal(crash(summary, x, chosen).argmax(1)[kept], answers[kept])
-    certificate = certify_samples(model, x, failures=Failures(), share=0.2)
-    verify(certificate, model, x)
-    kept = list(certificate.domain.certified)
-    assert len(kept) >= 6
-    for chosen in choices(summary, certificate.counts):
-        assert torch.equal(crash(summary, x, chosen).argmax(1)[kept], answers[kept])
+    for evenly in (True, False):
+        certificate = certify_samples(model, x, failures=Failures(), share=0.2, spread_evenly=evenly)
+        verify(certificate, model, x)
+        kept = list(certificate.domain.certified)
+        assert len(kept) >= 6
+        assert evenly or sum(certificate.counts) > 0
+        for chosen in choices(summary, certificate.counts):
+            assert torch.equal(crash(summary, x, chosen).argmax(1)[kept], answers[kept])
 
 
 def test_a_margin_is_tight_where_the_difference_is_linear():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -151,14 +152,19 @@ def certify(
     )
 
 
-def certify_samples(model: nn.Module, inputs: Tensor, *, failures: Failures, share: float) -> Certificate:
-    """Find the largest equal share of failing neurons under which a share of given samples keep their answers.
+def certify_samples(
+    model: nn.Module, inputs: Tensor, *, failures: Failures, share: float, spread_evenly: bool = False
+) -> Certificate:
+    """Find the most failing neurons under which a share of given samples keep their answers.
+
+    The samples are those that bear most failures of single layers, added up; for them the search is as for a box.
 
     Args:
         model: A classifier that `summarize` takes.
         inputs: float [B, ...].
         failures: Of neurons.
         share: Of the samples, in (0, 1].
+        spread_evenly: The largest equal share of all layers, and not the most failures in all; of any samples.
 
     Raises:
         ValueError: The share is out of range, or as for `margins`.
@@ -167,7 +173,12 @@ def certify_samples(model: nn.Module, inputs: Tensor, *, failures: Failures, sha
         raise ValueError(f"a share of the samples is in (0, 1], got {share!r}")
     summary = summarize(model, inputs.shape[1:])
     found = margins(summary, inputs, failures)
-    chosen = even(found.costs, found.budgets, samples=len(inputs), share=share)
+    if spread_evenly:
+        chosen = even(found.costs, found.budgets, samples=len(inputs), share=share)
+    else:
+        bearing = torch.stack(found.tolerated()).sum(dim=0).sort(descending=True, stable=True).indices
+        some = found.of(bearing[: math.ceil(share * len(inputs))])
+        chosen = largest(some.costs, some.budgets)
     kept = within(found.costs, chosen.counts, found.budgets, samples=len(inputs))
     return Certificate(
         model=model_digest(model, summary),
@@ -177,8 +188,8 @@ def certify_samples(model: nn.Module, inputs: Tensor, *, failures: Failures, sha
         budget=None,
         layers=_layers(found.costs, chosen),
         bound=_used(found.costs, chosen.counts, found.budgets, kept),
-        search="even",
-        gap=0,
+        search="even" if spread_evenly else "exact" if chosen.exact else "greedy",
+        gap=chosen.gap,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,12 @@ class Margins:
     costs: list[Cost]
     budgets: Tensor
     answers: Tensor
+
+    def of(self, samples: Tensor) -> Margins:
+        """Return the margins of some samples, int64 [K]."""
+        rows = torch.arange(len(self.budgets), device=samples.device).view(len(self.answers), -1)[samples].flatten()
+        costs = [replace(cost, sums=cost.sums[rows]) for cost in self.costs]
+        return Margins(costs, self.budgets[rows], self.answers[samples])
 
     def tolerated(self) -> list[Tensor]:
         """Return for each layer how many failures in it alone leave each sample's answer, int64 [B]."""

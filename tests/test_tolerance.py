@@ -1,0 +1,200 @@
+"""`ftnas bounds`: numbers, certificates and pictures of trained models; what was seen is below every bound."""
+
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+
+from ftnas import baselines, boundplots, cli
+from ftnas.bounds import Failures, neuron_costs, of_samples, read_certificate, summarize, verify
+from ftnas.bounds.attack import Attack
+from ftnas.campaign import Subject
+from ftnas.config import read_config
+from ftnas.data import load
+from ftnas.models import count
+from ftnas.rng import generator, isolated
+from ftnas.rundir import Folder
+from ftnas.tolerance import ToleranceConfig, bound_model, box_of, table
+
+CONFIG = {
+    "version": 1,
+    "name": "mine",
+    "threads": 1,
+    "data": {"name": "digits", "subset": 400},
+    "hardware": {"layers": "linear"},
+    "train": {
+        "recipe": {"epochs": 2, "batch_size": 64, "lr": 0.05, "alpha_l": 0.0},
+        "models": {"perceptron": {"factory": "ftnas.baselines:perceptron"}},
+    },
+    "bounds": {"images": 12, "failing": [1, 3], "draws": 3, "bits": [8, 4]},
+}
+
+
+def ftnas(*arguments):
+    """Run the command line in this process; return its exit code."""
+    saved, sys.argv = sys.argv, ["ftnas", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return 0 if stop.code is None else stop.code
+    finally:
+        sys.argv = saved
+    return 0
+
+
+def write(tmp_path, data):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tolerance")
+    assert ftnas("run", write(folder, CONFIG), "--out", folder / "run") == 0
+    return folder / "run"
+
+
+def numbers_of(run, name="perceptron"):
+    return json.loads((run / "bounds" / name / "seed-0" / "bounds.json").read_text())
+
+
+def test_what_was_seen_is_below_every_bound(run):
+    numbers = numbers_of(run)
+    assert [layer["name"] for layer in numbers["layers"]] == ["2", "4"]
+    for layer in numbers["layers"]:
+        assert 0 < layer["measured"][0]["error"] <= layer["on_images"] * (1 + 1e-9)
+        assert layer["on_images"] <= layer["paths"] <= layer["fep"] * (1 + 1e-9)
+        for entry in layer["measured"]:
+            assert entry["error"] <= entry["bound"] * (1 + 1e-9)
+            assert entry["certified"] <= entry["kept"] + 1e-9
+    assert [line["bits"] for line in numbers["bits"]] == [8, 4]
+    assert numbers["bits"][0]["images"] < numbers["bits"][1]["images"] <= numbers["bits"][1]["box"]
+
+
+def test_files_and_the_table(run):
+    folder = run / "bounds" / "perceptron" / "seed-0"
+    assert (folder / "bounds.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "bounds.svg").stat().st_size > 1000
+    table = (run / "bounds" / "table.md").read_text()
+    assert "| 2 | 64 |" in table and "| bits |" in table
+    certificate = read_certificate(folder / "certificate.json")
+    assert certificate.budget == pytest.approx(numbers_of(run)["budget"])
+    assert [layer.components for layer in certificate.layers] == [64, 64]
+
+
+def test_a_certificate_is_verified_on_the_command_line(run, capsys):
+    model, folder = run / "train" / "model.pt", run / "bounds" / "perceptron" / "seed-0"
+    assert ftnas("verify", folder / "certificate.json", model, "--allow-factory") == 0
+    assert "holds: " in capsys.readouterr().out
+    assert ftnas("verify", folder / "certificate.json", model) == 2
+    assert ftnas("verify", folder / "images.json", model, "--allow-factory") == 2
+    error = capsys.readouterr().err
+    assert "other samples" in error and error.count("\n") == 2
+
+
+def test_finished_numbers_are_kept(run, capsys):
+    path = run / "bounds" / "perceptron" / "seed-0" / "bounds.json"
+    before = path.stat().st_mtime_ns
+    assert ftnas("bounds", "--resume", run) == 0
+    assert path.stat().st_mtime_ns == before
+    assert "written to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "failures",
+    [
+        {"kind": "byzantine", "capacity": 0.5},
+        {"kind": "byzantine", "capacity": 2.0, "capacity_of": "transmitted"},
+        {"component": "synapse"},
+    ],
+)
+def test_other_failures(tmp_path, failures):
+    with isolated(0, "net"):
+        model = baselines.create("resnet20", width=0.25, image_size=8, in_channels=1).eval()
+    images = load(read_config("tolerance").data, "test").subset(torch.arange(3))
+    config = ToleranceConfig(failures=Failures(**failures), bits=(8,), failing=(1,), draws=2)
+    subject = Subject("net", 0, "none", count(model, images.shape), lambda: model)
+    folder = Folder(tmp_path)
+    numbers = bound_model(subject, images, config=config, seed=0, folder=folder)
+    assert len(numbers["layers"]) == (22 if "component" in failures else 21)
+    assert "## net, seed 0" in table(numbers)
+    assert boundplots.bound_against_truth(numbers).axes[0].lines
+    verify(read_certificate(folder.file("certificate.json")), model)
+    for layer in numbers["layers"]:
+        for entry in layer.get("measured", ()):
+            assert 0 < entry["error"] <= entry["bound"] * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"failures": {"kind": "byzantine"}}, "without a capacity no network tolerates a byzantine component"),
+        ({"failures": {"capacity": 1.0}}, "capacity has no effect on kind crash"),
+        ({"shares": 0.5}, "bounds.shares: unknown key; did you mean 'share'?"),
+        ({"budget": 0.0}, "bounds.budget"),
+        ({"bits": [40]}, "bits"),
+    ],
+)
+def test_a_wrong_config_is_one_line(tmp_path, capsys, changes, message):
+    path = write(tmp_path, {**CONFIG, "bounds": {**CONFIG["bounds"], **changes}})
+    assert ftnas("bounds", path, "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_config_without_bounds_is_one_line(tmp_path, capsys):
+    path = write(tmp_path, {key: value for key, value in CONFIG.items() if key != "bounds"})
+    assert ftnas("bounds", path, "--out", tmp_path / "run") == 2
+    assert "has no bounds section" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_bounded_is_named(tmp_path, capsys):
+    models = {"net": {"factory": "test_tolerance:gelu"}}
+    train = {"recipe": {**CONFIG["train"]["recipe"], "epochs": 1}, "models": models}
+    path = write(tmp_path, {**CONFIG, "train": train})
+    assert ftnas("run", path, "--out", tmp_path / "run") == 2
+    assert "net: layer '2' is a GELU, which is not bounded" in capsys.readouterr().err
+
+
+def gelu(num_classes, in_channels):
+    return torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(64 * in_channels, 8), torch.nn.GELU(), torch.nn.Linear(8, num_classes)
+    )
+
+
+def test_the_shipped_configs_have_bounds():
+    for name in ("tolerance", "quickstart-bounds"):
+        assert read_config(name).bounds is not None
+
+
+def test_the_box_holds_all_images():
+    images = load(read_config("tolerance").data, "test")
+    inputs, _ = next(images.batches(images.num_images))
+    low, high = box_of(images).ends(images.shape)
+    assert (inputs >= low - 1e-5).all() and (inputs <= high + 1e-5).all()
+    assert inputs.amax() == pytest.approx(float(high), abs=1e-5)
+
+
+def test_the_attack_is_what_it_says():
+    """One neuron: the worst of all single crashes is found where the bound is exact (no layer in between)."""
+    with isolated(0, "net"):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+    summary, x = summarize(model, (4,)), torch.randn(5, 4, generator=generator(0, "x"))
+    attack, (layer,) = Attack(summary, x, Failures()), summary.layers
+    found = attack.run(layer, 1, draws=0, generator=generator(0, "draws"))
+    bound = neuron_costs(summary, of_samples(summary, x), Failures())[0].sums[:, 1].amax()
+    assert found["error"] == pytest.approx(float(bound))
+    one = Attack(summary, x, Failures(kind="byzantine", capacity=3.0)).run(
+        layer, 6, draws=1, generator=generator(0, "d")
+    )
+    weights = summary.nodes[-1].op.weight
+    assert one["error"] == pytest.approx(3.0 * float(weights.sum(1).abs().amax()))
+
+
+def test_pictures_of_errors_over_k():
+    series = [{"name": f"net {n}", "lipschitz": [0.1, 1.0], "error": [0.1, 1.0], "bound": [1.0, 9.0]} for n in range(8)]
+    figure = boundplots.error_over_lipschitz(series, title="t")
+    assert len(figure.axes[0].lines) == 16

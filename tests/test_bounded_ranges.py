@@ -173,6 +173,36 @@ def test_a_learned_bound_that_is_no_power_of_two_has_the_next_one_as_its_range()
         assert torch.equal(model[0].weight, (plain[0].weight.clamp(-0.1, 0.1) * 1024).round() / 1024)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_weights_beyond_the_bound_may_return(learned):
+    """With number formats, whose own range ends where the bound does."""
+    limit, direction = 0.125, torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    model = create(chain)
+    bound(model, weights=WeightBound(value=limit, learned=learned, outside="return", layers="3"))
+    weight = model[3].weight.detach().clone()
+    with inject(model, quantization=FixedPoint(encoding="sign_magnitude")):
+        model(images())
+        (model[3].weight * direction).sum().backward()
+    beyond, back = weight.abs() > limit, direction * weight > 0
+    assert bool((beyond & back).any()) and bool((beyond & ~back).any())
+    assert torch.equal(model[3].weight.grad, torch.where(beyond & ~back, 0.0, direction))
+    if learned:
+        expected = (direction * weight.sign())[beyond].sum()
+        torch.testing.assert_close(model[3].weight_bound.grad, expected)
+
+
+def test_a_learned_bound_moves_although_the_format_ends_where_it_does():
+    """The straight-through gradient of rounding is 0 at the end of the range, where all that was clipped lies."""
+    limit = 0.125
+    model = create(chain)
+    bound(model, weights=WeightBound(value=limit, learned=True), features=FeatureBound(value=limit, learned=True))
+    with inject(model, quantization=FixedPoint(encoding="sign_magnitude")):
+        model(images()).square().sum().backward()
+    for name in ("0", "3"):
+        layer = model.get_submodule(name)
+        assert float(layer.weight_bound.grad) != 0.0 and float(layer.feature_bound.grad) != 0.0
+
+
 def test_floats_are_clipped_before_the_fault():
     model = create(chain)
     bound(model, weights=WeightBound(value=0.125))

@@ -94,12 +94,15 @@ class WeightBound(Settings):
         std_multiple: In place of ``value``: the power of two nearest to this many standard deviations of the layer's
             weight at the time, so of its first weights in a training.
         learned: As of `FeatureBound`.
+        outside: What gradients do to a weight beyond the bound: it ``stay`` s there, as clipping has it, or may
+            ``return``: a gradient whose step leads back passes.
         layers: Type names, name patterns or depths; None for every Conv2d and Linear.
     """
 
     value: Positive | dict[str, Positive] | None = None
     std_multiple: Positive | None = None
     learned: bool = False
+    outside: Literal["stay", "return"] = "stay"
     layers: tuple[str, ...] | None = None
 
     @field_validator("layers", mode="before")
@@ -160,6 +163,8 @@ def bound(model: nn.Module, *, weights: WeightBound | None = None, features: Fea
             _set(layers[name], kind, value, name, learned=settings.learned)
             if isinstance(settings, FeatureBound):
                 _set_rule(layers[name], Rule(settings.function, settings.nan == "zero"))
+            elif settings.outside == "return":
+                layers[name]._weights_return = True  # type: ignore[assignment]
     return model
 
 
@@ -180,6 +185,36 @@ def rule_of(module: nn.Module) -> Rule:
 def clipped(values: Tensor, limit: Tensor | None) -> Tensor:
     """Return values of any shape clipped to [-limit, limit]; NaN stays. What is clipped moves a learned limit."""
     return values if limit is None else torch.clamp(values, -limit.to(values.dtype), limit.to(values.dtype))
+
+
+def weights_return(module: nn.Module) -> bool:
+    """Tell whether gradients may lead weights of a layer back from beyond their bound."""
+    return bool(module.__dict__.get("_weights_return", False))
+
+
+class _Returning(torch.autograd.Function):
+    """Clipping whose gradient passes within the limit, and beyond it where descent leads back."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, limit: Tensor) -> Tensor:
+        ctx.save_for_backward(values, limit)
+        return torch.clamp(values, -limit, limit)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        (gradient,), (values, limit) = gradients, ctx.saved_tensors
+        beyond = values.abs() > limit
+        passed = torch.where(beyond & (gradient * values <= 0), 0.0, gradient)
+        moved = (gradient * values.sign() * beyond).sum() if ctx.needs_input_grad[1] else None
+        return passed, moved
+
+
+def clipped_weight(module: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the weight of a layer, of any shape, within its bound, and the bound."""
+    limit = bound_of(module, WEIGHT)
+    if limit is None or not weights_return(module):
+        return clipped(weight, limit), limit
+    return _Returning.apply(weight, limit.to(weight.dtype)), limit
 
 
 def saturated(values: Tensor, limit: Tensor, rule: Rule) -> Tensor:

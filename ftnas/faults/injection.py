@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ftnas.faults.activation import ActivationMode
 from ftnas.faults.base import Fault, Plan, Site
-from ftnas.faults.bounds import FEATURE, WEIGHT, bound_of, clipped, rule_of, saturated
+from ftnas.faults.bounds import FEATURE, WEIGHT, bound_of, clipped_weight, rule_of, saturated, weights_return
 from ftnas.faults.changes import Change, Watch
 from ftnas.faults.drawing import Drawing, Key, Placed
 from ftnas.faults.memory import count_distinct, mark, positions, restrict_range, storage
@@ -280,16 +280,14 @@ class Injection:
 
     def weight(self, layer: str, weight: Tensor) -> Tensor:
         """Return what the hardware reads for a weight that learns; called by the weight's parametrization."""
-        limit = bound_of(self._layers[layer], WEIGHT)
-        weight = clipped(weight, limit)
+        weight, limit = clipped_weight(self._layers[layer], weight)
         site = weight_site(layer, self._layers[layer], weight, self._weight_format)
         return self._store(weight, site, self._weight_format, (self._weights,), 0, limit=limit)
 
     def stored(self, layer: str, weight: Tensor) -> tuple[Tensor, Grid | None]:
         """Return what the hardware holds for a weight without faults, and its grid."""
         form = self._weight_format
-        limit = bound_of(self._layers[layer], WEIGHT)
-        weight = clipped(weight, limit)
+        weight, limit = clipped_weight(self._layers[layer], weight)
         if isinstance(form, FixedPoint):
             values, _, grid = _rounded(form, weight, limit, need_inside=False)
             return values, grid
@@ -323,6 +321,8 @@ class Injection:
         A grid in place of a format is where the tensor lies already. A tensor that is ``ours`` is written to. The range
         of a dynamic format is ``limit``, or that of the values without one.
         """
+        # what a bound has clipped lies at the end of the range, and the bound has decided on its gradient
+        bounded = limit is not None and (limit.requires_grad or weights_return(self._layers[site.layer]))
         active = [drawing for drawing in drawings if not self._paused and drawing.hits(site.layer)]
         self._grid = form if isinstance(form, Grid) else None
         if self._grid is form and not active:
@@ -331,7 +331,8 @@ class Injection:
         def transform(values: Tensor, need_mask: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
             inside = blocked = None
             if isinstance(form, FixedPoint):
-                out, inside, self._grid = _rounded(form, values, limit, need_inside=need_mask, in_place=ours)
+                own_mask = need_mask and not bounded
+                out, inside, self._grid = _rounded(form, values, limit, need_inside=own_mask, in_place=ours)
             elif isinstance(form, FloatFormat):
                 out = form.rounded(values)
             else:

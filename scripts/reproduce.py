@@ -60,14 +60,20 @@ def reproduce(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(listing(planned))
         return
+    failure = None
     if not options.report:
-        run(planned)
+        try:
+            run(planned)
+        except RuntimeError as error:  # the rest is done, and is shown
+            failure = error
     out = options.out or options.cache / f"{study.name}-{options.scale}"
     if study.weights:
         print(ranges.write(study, planned, out))
-        return
-    outcome = collect(study, planned, scale=options.scale, settings=scale, published=read_published(), out=out)
-    print(write(outcome, out))
+    else:
+        outcome = collect(study, planned, scale=options.scale, settings=scale, published=read_published(), out=out)
+        print(write(outcome, out))
+    if failure is not None:
+        raise failure
 
 
 def main() -> None:

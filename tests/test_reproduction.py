@@ -304,6 +304,22 @@ def test_another_process_at_a_run_is_waited_for(tmp_path, monkeypatch):
     assert len(tries) == 8
 
 
+def test_a_training_that_fails_leaves_the_others_to_finish(tmp_path, monkeypatch):
+    planned = plan(tiny_study(tmp_path), scale="full", settings=TINY, cache=tmp_path / "cache")
+    done = []
+
+    def fails_for_a(job):
+        if job.model == "a":
+            raise RuntimeError("the loss became NaN")
+        done.append((job.model, job.seed))
+
+    monkeypatch.setattr(runner, "train", fails_for_a)
+    monkeypatch.setattr(runner, "measure", lambda *_: None)
+    with pytest.raises(RuntimeError, match="2 trainings failed, the others are done; the last: a, seed 1: the loss"):
+        run(planned)
+    assert done == [("b", 0), ("b", 1)]
+
+
 def script(capsys, *arguments):
     """Run the script in this process: (exit code, stdout, stderr)."""
     with pytest.MonkeyPatch.context() as patch:

@@ -19,9 +19,10 @@ def run(planned: Sequence[Planned]) -> None:
     What another process is at is left to it, and looked at again when the rest is done.
 
     Raises:
-        ValueError: A user's mistake.
-        RuntimeError: A training failed.
+        ValueError: A user's mistake, at once.
+        RuntimeError: Trainings failed; all the rest is done.
     """
+    failures: list[str] = []
     num_seeds = max(len(entry.jobs) for entry in planned)
     todo = [(entry, index) for index in range(num_seeds) for entry in planned if index < len(entry.jobs)]
     todo = [unit for unit in todo if not finished(*unit)]
@@ -32,9 +33,14 @@ def run(planned: Sequence[Planned]) -> None:
                 _one(entry, index)
             except InUseError:
                 busy.append((entry, index))
+            except RuntimeError as error:
+                failures.append(f"{entry.row.name}, seed {entry.jobs[index].seed}: {error}")
+                say(f"warning: {failures[-1]}")
         if len(busy) == len(todo):
             time.sleep(_PATIENCE_S)
         todo = busy
+    if failures:
+        raise RuntimeError(f"{len(failures)} trainings failed, the others are done; the last: {failures[-1]}")
 
 
 def finished(entry: Planned, index: int) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ftnas import rng
 from ftnas.models import load_model
 from ftnas.reproduction.jobs import cost, trained
 from ftnas.reproduction.study import Planned, Study
@@ -130,21 +131,30 @@ def write(study: Study, planned: Sequence[Planned], out: Path) -> str:
                 seconds += cost(job.folder)["cpu_s"]
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "runs.jsonl", "".join(json.dumps(run) + "\n" for run in runs).encode())
-    text = _markdown(study, [run["magnitudes"] for run in runs], seconds)
+    with rng.isolated(0, "fresh"):
+        fresh = magnitudes(mixed(num_classes=10, in_channels=3))
+    text = _markdown(study, [run["magnitudes"] for run in runs], fresh, seconds)
     atomic_write(out / "table.md", text.encode())
     return text
 
 
-def _markdown(study: Study, runs: Sequence[dict[str, dict[str, float]]], seconds: float) -> str:
+def _markdown(
+    study: Study, runs: Sequence[dict[str, dict[str, float]]], fresh: dict[str, Magnitudes], seconds: float
+) -> str:
     lines = [f"# {study.title}", "", study.small, ""]
     if not runs:
         return "\n".join([*lines, "Not run.", ""])
-    lines += ["| weights | mean of abs(w) ± its standard deviation | largest, mean over layers | published |"]
-    lines += ["|---|---:|---:|---:|"]
+    lines += ["Mean of abs(w) ± its standard deviation, over all weights of a kind.", ""]
+    lines += [
+        "| weights | before training | trained | published | largest, before | largest, trained (mean over layers) |"
+    ]
+    lines += ["|---|---:|---:|---:|---:|---:|"]
     for kind in KINDS:
         mean, std, top = (sum(run[kind][key] for run in runs) / len(runs) for key in ("mean", "std", "max"))
         theirs = "{:.3f} ± {:.3f}".format(*PUBLISHED[kind])
-        lines.append(f"| {kind} | {mean:.3f} ± {std:.3f} | {top:.3f} | {theirs} |")
+        first = fresh[kind]
+        before = f"{first.mean:.3f} ± {first.std:.3f}"
+        lines.append(f"| {kind} | {before} | {mean:.3f} ± {std:.3f} | {theirs} | {first.max:.3f} | {top:.3f} |")
     lines += ["", "| difference | mean of abs(w) | largest |", "|---|---:|---:|"]
     for kind in KINDS[1:]:
         gaps = (

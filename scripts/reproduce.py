@@ -11,6 +11,7 @@ Runs lie in one folder (--cache), each under the hash of what decides its result
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,6 +80,8 @@ def reproduce(options: argparse.Namespace) -> None:
 def main() -> None:
     options = parsed()
     keep_memory()
+    # so that what is open is closed, and the time that was spent is written
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         reproduce(options)
     except ValueError as error:

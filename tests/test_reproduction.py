@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -323,6 +324,7 @@ def test_a_training_that_fails_leaves_the_others_to_finish(tmp_path, monkeypatch
 def script(capsys, *arguments):
     """Run the script in this process: (exit code, stdout, stderr)."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "signal", lambda *_: None)
         patch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
         code = 0
         try:

@@ -87,6 +87,9 @@ def main() -> None:
     except ValueError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
     except RuntimeError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(1) from None

@@ -253,6 +253,7 @@ def test_a_tiny_table_from_end_to_end_and_nothing_is_done_twice(tmp_path):
     lines = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
     assert [(line["row"], line["seed"]) for line in lines] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
     assert all(line["training"] and len(line["accuracy"]["mibb"]["0.001"]) == 2 for line in lines)
+    assert {line["trained_for"] for line in lines} == {"mibb 0.001"}
     result = json.loads((out / "result.json").read_text())
     assert result["orderings"][0]["verdict"] in ("holds", "reversed", "undecided") and result["cpu_s"] > 0
     assert (out / "table.csv").read_text().count("\n") == 1 + 2 * 2

@@ -95,7 +95,9 @@ def collect(
     for entry in planned:
         for job in entry.jobs:
             for measurement in entry.measurements:
-                lines += [{**line, "model": entry.row.name} for line in records(job, measurement)]
+                # the rate protocol may end at another rate for each seed, and the row is one all the same
+                same = {"model": entry.row.name, "training": entry.row.name}
+                lines += [{**line, **same} for line in records(job, measurement)]
     atomic_write(out / RECORDS, "".join(json.dumps(line) + "\n" for line in lines).encode())
     comparison = read_comparison(out / RECORDS) if lines else nothing_compared()
     results = check(study, comparison, scale=scale, published=published)
@@ -283,8 +285,10 @@ def _runs(outcome: Outcome) -> list[dict[str, Any]]:
     for entry in outcome.planned:
         for job in entry.jobs:
             accuracy: dict[str, dict[str, list[float]]] = {}
+            trained_for = ""
             for measurement in entry.measurements:
                 for line in records(job, measurement):
+                    trained_for = line["training"]
                     at_rates = accuracy.setdefault(line["fault"], {})
                     at_rates.setdefault(f"{line['rate']:g}", []).append(line["accuracy"])
             if not accuracy:
@@ -294,6 +298,7 @@ def _runs(outcome: Outcome) -> list[dict[str, Any]]:
                 {
                     "row": entry.row.name,
                     "seed": job.seed,
+                    "trained_for": trained_for,
                     "training": job.key,
                     **({"search": job.search_key} if job.searches else {}),
                     "measurements": {found.sweep.label: job.measure_key(found) for found in entry.measurements},

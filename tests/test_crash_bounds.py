@@ -76,6 +76,12 @@ def test_in_a_linear_network_the_means_are_exact_and_the_variances_up_to_their_f
         torch.testing.assert_close(moments.variance * (1 - p), truth.variance, rtol=1e-4, atol=1e-6)
 
 
+def test_the_inputs_stay_as_they_are():
+    x = normal(1, 6)
+    linear(Cut(dense("relu")), x, p=0.1)
+    assert not x.requires_grad
+
+
 @pytest.mark.parametrize("unit", ["value", "channel"])
 def test_linear_is_the_jacobian_of_one_output_after_the_other(unit):
     net, x, p = conv(), normal(2, 2, 5, 5), 0.1

@@ -96,7 +96,7 @@ def linear(cut: Cut, inputs: Tensor, *, p: float) -> Moments:
         ValueError: p is no probability.
     """
     _check(p)
-    values = cut.values(inputs).requires_grad_()
+    values = cut.values(inputs).detach().clone().requires_grad_()
     with torch.enable_grad():
         outputs = cut.rest(inputs)(values)
     count = outputs.shape[1]

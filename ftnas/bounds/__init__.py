@@ -1,7 +1,15 @@
 """How much failure a network tolerates, without running every failure."""
 
 from ftnas.bounds.byzantine import byzantine, byzantine_from_variance, variance_from_byzantine
-from ftnas.bounds.certificate import BoxOfInputs, Certificate, certify, certify_samples, read_certificate, verify, write_certificate
+from ftnas.bounds.certificate import (
+    BoxOfInputs,
+    Certificate,
+    certify,
+    certify_samples,
+    read_certificate,
+    verify,
+    write_certificate,
+)
 from ftnas.bounds.crashes import Moments, exact, linear, sampled, single
 from ftnas.bounds.cut import INPUT, Cut
 from ftnas.bounds.expected import absolute, norm

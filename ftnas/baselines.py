@@ -162,6 +162,24 @@ def imagenet_resnet18(num_classes: int = 1000, in_channels: int = 3) -> nn.Modul
     return model
 
 
+def chain_of_convolutions(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
+    """Build three 3x3 convolutions with ReLU and max pooling, without BatchNorm: a factory for model configs.
+
+    A chain, in which every statement of ``ftnas.bounds`` holds and `ftnas.regularizers.Fep` is defined.
+
+    Args:
+        num_classes: Number of classes.
+        in_channels: Of the images, of at least 8x8 pixels.
+    """
+    features, previous = nn.Sequential(), in_channels
+    for channels in (16, 32, 64):
+        features.extend([nn.Conv2d(previous, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)])
+        previous = channels
+    model = _with_head(features, channels=previous, num_classes=num_classes)
+    _initialise(model)
+    return model
+
+
 @BASELINES.register("resnet8")
 def _resnet8(shape: Shape) -> nn.Module:
     return ResNet(shape, stages=(16, 32, 64), blocks=1)

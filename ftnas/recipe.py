@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 from ftnas.augment import AugmentConfig
 from ftnas.compute import Compute
+from ftnas.regularizers import CrashVariance, Regularizer
 from ftnas.settings import Count, Positive, Rate, Settings
 
 
@@ -84,6 +85,8 @@ class TrainConfig(SgdConfig):
         rate_protocol: Training rates to try, as the paper's Table 4 does: the largest whose clean accuracy on the
             held-out training images is above ``rate_threshold`` is kept. None trains at the hardware's own rate.
         holdout: Share of the training images that is held out for the rate protocol (or, without one, not at all).
+        regularizers: What is added to the loss, or done to units, against crashes: ``crash_variance``, ``dropout``,
+            ``fep`` (``ftnas.regularizers``).
     """
 
     epochs: Count
@@ -91,6 +94,7 @@ class TrainConfig(SgdConfig):
     rate_protocol: tuple[Rate, ...] | None = None
     rate_threshold: Rate = 0.5
     holdout: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    regularizers: tuple[Regularizer, ...] = ()
 
     @model_validator(mode="after")
     def _effective(self) -> TrainConfig:
@@ -101,4 +105,6 @@ class TrainConfig(SgdConfig):
             )
         if self.rate_protocol is not None and not self.rate_protocol:
             raise ValueError("rate_protocol needs at least one rate; null trains at the hardware's own")
+        if self.alpha_l == 1.0 and any(isinstance(extra, CrashVariance) for extra in self.regularizers):
+            raise ValueError("crash_variance is of the clean forward, and alpha_l=1 has none; set alpha_l below 1")
         return self

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,8 @@ from ftnas.models import check_state
 from ftnas.progress import track
 from ftnas.ranks import Ranks
 from ftnas.recipe import TrainConfig
-from ftnas.rng import isolated, seed_for
+from ftnas.regularizers import Regularization
+from ftnas.rng import generator, isolated, seed_for
 from ftnas.rundir import Folder
 
 CHECKPOINT = "checkpoint.pt"
@@ -33,18 +34,19 @@ EpochDone = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums over the steps of an epoch: float32 scalars on the device."""
+    """The losses of a step: float32 scalars on the device; ``penalties`` by the name of the regularizer."""
 
     total: Tensor
     clean: Tensor
     faulty: Tensor
+    penalties: dict[str, Tensor] = field(default_factory=dict)
 
 
 class FaultTolerantLoss:
     """L = (1 - alpha_l) CE_clean + alpha_l CE_faulty (FTT-NAS eq. 13), over two forwards of the same batch.
 
     In training mode each forward is normalised by its own batch statistics; ``bn_statistics`` says which of them moves
-    the running statistics.
+    the running statistics. Penalties of ``regularization`` are added; those of values are of the clean forward.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class FaultTolerantLoss:
         alpha_l: float,
         bn_statistics: Literal["both", "clean", "faulty"] = "both",
         compute: Compute = Compute(),  # noqa: B008 a frozen value
+        regularization: Regularization | None = None,
     ) -> None:
-        self._alpha, self._compute = alpha_l, compute
+        self._alpha, self._compute, self._regularization = alpha_l, compute, regularization
         compute.prepare(model)
         self._moves = {"clean": bn_statistics != "faulty", "faulty": bn_statistics != "clean"}
         self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
@@ -65,19 +68,30 @@ class FaultTolerantLoss:
         zero = torch.zeros((), device=images.device)
         images = self._compute.images(images)
         clean = faulty = zero
+        penalties: dict[str, Tensor] = {}
         with injection.weights_shared():
-            if self._alpha < 1.0:
-                with injection.paused(), self._statistics("clean"):
-                    clean = self._cross_entropy(forward, images, labels)
+            with injection.paused(), self._watching():
+                logits = None
+                if self._alpha < 1.0:
+                    with self._statistics("clean"):
+                        logits = self._logits(forward, images)
+                    clean = F.cross_entropy(logits, labels)
+                if self._regularization is not None:
+                    penalties = self._regularization.penalties(logits)
             if self._alpha > 0.0:
                 with self._statistics("faulty"):
-                    faulty = self._cross_entropy(forward, images, labels)
-        return Losses((1.0 - self._alpha) * clean + self._alpha * faulty, clean.detach(), faulty.detach())
+                    faulty = F.cross_entropy(self._logits(forward, images), labels)
+        total = sum(penalties.values(), (1.0 - self._alpha) * clean + self._alpha * faulty)
+        seen = {name: value.detach() for name, value in penalties.items()}
+        return Losses(total, clean.detach(), faulty.detach(), seen)
 
-    def _cross_entropy(self, forward: Forward, images: Tensor, labels: Tensor) -> Tensor:
+    def _logits(self, forward: Forward, images: Tensor) -> Tensor:
         with self._compute.forward(images.device):
             logits = forward(images)
-        return F.cross_entropy(logits.float(), labels)
+        return logits.float()
+
+    def _watching(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._regularization is None else self._regularization.watching()
 
     @contextmanager
     def _statistics(self, which: str) -> Iterator[None]:
@@ -120,7 +134,8 @@ def fit(
         One record per epoch.
 
     Raises:
-        ValueError: ``alpha_l`` above 0 without a fault model, or fewer images than one batch.
+        ValueError: ``alpha_l`` above 0 without a fault model, fewer images than one batch, or a regularizer that does
+            not fit the model.
         RuntimeError: The loss became NaN or infinite; the checkpoint of the epoch before it is kept.
     """
     check_alpha(config.alpha_l, hardware, "train.alpha_l")
@@ -129,12 +144,27 @@ def fit(
     history = folder.journal(HISTORY)
     first = _restore(folder, model, optimizer, scheduler)
     config.compute.check(hardware.quantization, "train.compute")
-    loss = FaultTolerantLoss(model, alpha_l=config.alpha_l, bn_statistics=config.bn_statistics, compute=config.compute)
+    extras = Regularization(config.regularizers, model) if config.regularizers else None
+    loss = FaultTolerantLoss(
+        model,
+        alpha_l=config.alpha_l,
+        bn_statistics=config.bn_statistics,
+        compute=config.compute,
+        regularization=extras,
+    )
     with track(title, config.epochs, done=first) as progress:
         for epoch in range(first, config.epochs):
             with isolated(seed, "epoch", epoch):
                 record = _epoch(
-                    model, images, loss, optimizer, config=config, hardware=hardware, seed=seed, epoch=epoch
+                    model,
+                    images,
+                    loss,
+                    optimizer,
+                    config=config,
+                    hardware=hardware,
+                    seed=seed,
+                    epoch=epoch,
+                    extras=extras,
                 )
             scheduler.step()
             history.append(record)
@@ -175,12 +205,14 @@ def _epoch(
     hardware: Hardware,
     seed: int,
     epoch: int,
+    extras: Regularization | None,
 ) -> dict[str, Any]:
     num_steps = images.num_images // config.batch_size
     if num_steps == 0:
         raise ValueError(f"train.batch_size={config.batch_size} is above the {images.num_images} training images")
     device = next(model.parameters()).device
-    sums = torch.zeros(3, device=device)
+    names = () if extras is None else extras.names
+    sums = torch.zeros(3 + len(names), device=device)
     model.train()
     injection = hardware.inject(
         model,
@@ -190,15 +222,19 @@ def _epoch(
         draw_on="device",
     )
     batches = images.batches(config.batch_size, seed=seed, epoch=epoch, augment=config.augment, drop_last=True)
-    with injection:
+    with injection, nullcontext() if extras is None else extras.attached():
         parameters = list(model.parameters())
         for step, (x, y) in enumerate(batches):
-            injection.draw = epoch * num_steps + step
+            injection.draw = draw = epoch * num_steps + step
+            if extras is not None:
+                extras.step(generator(seed, "regularizers", draw, device=device))
             losses = loss(model, injection, x, y)
             descend(losses.total, parameters, optimizer, config.grad_clip)
-            sums += torch.stack([losses.total.detach(), losses.clean, losses.faulty])
-    total, clean, faulty = finite_means(sums, num_steps, where=f"epoch {epoch}")
+            added = [losses.penalties[name] for name in names]
+            sums += torch.stack([losses.total.detach(), losses.clean, losses.faulty, *added])
+    total, clean, faulty, *penalties = finite_means(sums, num_steps, where=f"epoch {epoch}")
     record = injection.record
+    found = {"penalties": dict(zip(names, penalties, strict=True))} if names else {}
     return {
         "epoch": epoch,
         "lr": optimizer.param_groups[0]["lr"],
@@ -207,6 +243,7 @@ def _epoch(
         "faulty_loss": faulty,
         "hits": record.hits,
         "sites": record.sites,
+        **found,
     }
 
 

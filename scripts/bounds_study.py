@@ -127,7 +127,7 @@ def width(quick: bool) -> Result:
 
 def superposition(quick: bool) -> Result:
     """Compare crashes in two sets of layers with the sum of each: all 25 pairs of disjoint subsets of four layers."""
-    nets = 3 if quick else 20
+    nets = 3 if quick else 10
     places = ("input", "1", "3", "5")
     subsets = [s for size in range(1, 5) for s in itertools.combinations(range(4), size)]
     pairs = [(a, b) for a, b in itertools.combinations(subsets, 2) if not set(a) & set(b)]
@@ -159,7 +159,7 @@ def superposition(quick: bool) -> Result:
 
 def decay(quick: bool) -> Result:
     """Follow loss and R through a training: estimates, Monte Carlo, and what crashes really do to the loss."""
-    steps, samples, p = (200, 200, 0.02) if quick else (3000, 4000, 0.02)
+    steps, samples, p = (200, 200, 0.02) if quick else (3000, 1500, 0.02)
     net = dense((64, 50, 25, 10), nn.Sigmoid, 0, gain=2.0)
     x, y = digits("train")
     marks = sorted({int(m) for m in np.geomspace(1, steps + 1, 16)})
@@ -254,7 +254,7 @@ def ranking(quick: bool) -> Result:
         for bound, row in result.items():
             low, high = row["correlation"][1:]
             print(
-                f"  {bound}: correlation {row['correlation'][0]:.3f} ({low:.3f} to {high:.3f}), rank loss over networks "
+                f"  {bound}: correlation {row['correlation'][0]:.3f} ({low:.3f} to {high:.3f}), rank loss: networks "
                 f"{row['rank_loss_networks']:.3f}, inputs {row['rank_loss_inputs']:.3f}, error {row['error']:.3g}"
             )
     return found, ranking_figure(found["results"])

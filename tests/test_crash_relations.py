@@ -275,6 +275,42 @@ def test_a_sure_error_has_no_tail():
     assert bounds.tail_above(none, 1.0).tolist() == [[0.0, 1.0]]
 
 
+@pytest.mark.parametrize("kind", [nn.Sigmoid, nn.Tanh])
+def test_with_width_b3_nears_b4_in_the_variance_and_not_in_the_mean(kind):
+    """Random nets: q^2 = 1 / n. What b3 misses of the variance falls as 1 / n; of the mean n terms of that order stay."""
+    widths, errors = [16, 64, 256], {"mean": [], "variance": []}
+    for n in widths:
+        found = {"mean": [], "variance": []}
+        for seed in range(5):
+            net, x = dense(widths=(n, n, n, 1), seed=seed, kind=kind), normal(4, n, seed=seed)
+            with torch.no_grad():
+                for layer in (net[0], net[2], net[4]):
+                    layer.weight.mul_(3**0.5)  # N(0, 1 / inputs) in variance
+            cut = Cut(net, "1")
+            for what, values in found.items():
+                b3, b4 = (getattr(estimate(cut, x, p=1e-3), what) for estimate in (linear, single))
+                values.append(float((b3 - b4).abs().mean() / b4.abs().mean()))
+        for what, values in found.items():
+            errors[what].append(np.mean(values))
+    assert -1.25 < slope(widths, errors["variance"]) < -0.75, errors
+    assert slope(widths, errors["mean"]) > -0.35, errors
+
+
+def test_b3_and_b4_are_within_five_percent_of_monte_carlo_where_they_should_be():
+    """Small p, many units, weak curvature: 400 units, p n = 0.4. Beside the 5%, 5.5 standard errors of the sampling."""
+    net, x, p, samples = dense(widths=(400, 20, 1), kind=nn.Tanh), normal(3, 400).abs(), 1e-3, 12_000
+    with torch.no_grad():
+        for layer in (net[0], net[2]):
+            layer.weight.abs_().mul_(0.1)
+    cut = Cut(net)
+    truth = bounds.sampled(cut, x, p=p, samples=samples, generator=generator(0, "crashes"))
+    fourth = 5.0 * truth.variance / samples**0.5 * (1.0 + 1.0 / (p * 400)) ** 0.5  # of a compound Poisson sum, amply
+    for found in (linear(cut, x, p=p), single(cut, x, p=p)):
+        assert ((found.mean - truth.mean).abs() < 0.05 * truth.mean.abs() + 5.5 * truth.mean_error).all()
+        assert ((found.variance - truth.variance).abs() < 0.05 * truth.variance + 1.1 * fourth).all()
+        assert (5.5 * truth.mean_error < 0.1 * truth.mean.abs()).all()  # the sampling could tell
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

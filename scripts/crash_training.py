@@ -1,12 +1,12 @@
-"""Networks trained against crashed units, compared: accuracy under crashes, and the variance that b3 and b4 predict.
+r"""Networks trained against crashed units, compared: accuracy under crashes, and the variance that b3 and b4 predict.
 
 Every run folder is one arm: the same config, seeds and images with other ``train.recipe.regularizers`` (the paper's
 Figures 5 and 6, section 3.5 of *Fatal Brain Damage*). Names of folders end in ``KIND-STRENGTH``; ``nothing`` is the
 control. Arms are paired by training seed: first weights and batches are the same.
 
     ftnas run crashes-small "train.recipe.regularizers=[]" --out runs/crash-nothing
-    ftnas run crashes-small "train.recipe.regularizers=[{name: dropout, layers: relu, rate: 0.1, unit: channel}]" \\
-        --out runs/crash-dropout-0.1
+    ftnas run crashes-small --out runs/crash-dropout-0.1 \
+        "train.recipe.regularizers=[{name: dropout, layers: relu, rate: 0.1, unit: channel}]"
     python scripts/crash_training.py runs/crash-*
 """
 
@@ -48,8 +48,7 @@ def arm(path: Path, images: Tensor) -> dict[str, Any]:
     for rate in rates:
         values = records.values(fault, model, [rate])
         assert values is not None
-        array = values[0]  # [rate, seed, device, image] or [seed, device, image]
-        accuracy.append(array.reshape(-1, *array.shape[-3:])[0].mean(axis=(1, 2)))
+        accuracy.append(values[0].reshape(len(values[0]), -1).mean(axis=1))  # of each seed, over devices and images
     found: dict[str, Any] = {"rates": rates, "accuracy": np.array(accuracy).tolist(), "b3": [], "b4": [], "log_fep": []}
     for file in sorted((path / "train" / model).glob("seed-*/model.pt")):
         network, _ = load_model(file, allow_factory=True)

@@ -165,28 +165,34 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run folder of a finished search")
     parser.add_argument("--genotypes", type=int, default=60, help="random genotypes (default: 60)")
     parser.add_argument("--draws", type=int, default=10, help="fault draws per image of the truth (default: 10)")
+    parser.add_argument("--faults", nargs="+", choices=("crash", "mibb"), default=["crash", "mibb"])
     parser.add_argument("--crash-rate", type=float, default=0.05, help="of positions (default: 0.05)")
     parser.add_argument("--mac-error-rate", type=float, default=1e-3, help="of MiBB (default: 0.001)")
     parser.add_argument("--out", type=Path, default=Path("runs/bounds-study"), help="folder (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, Any] = {}
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "fault-scores.json"
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     figure = Figure(figsize=(8.6, 3.4), facecolor=plots.PAPER, layout="constrained")
     faults = {"crash": NeuronCrash(rate=options.crash_rate), "mibb": MiBB(mac_error_rate=options.mac_error_rate)}
-    for index, (name, fault) in enumerate(faults.items()):
-        scores = measure(options.run, fault, options.genotypes, options.draws)
+    for name in options.faults:
+        scores = measure(options.run, faults[name], options.genotypes, options.draws)
         result[name] = {"taus": taus(scores), "scores": {key: values.tolist() for key, values in scores.items()}}
+        file.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    for index, name in enumerate(result):
+        scores = {key: np.array(values) for key, values in result[name]["scores"].items()}
         for score, (mean, low, high) in result[name]["taus"].items():
-            print(f"{name}: {score}: tau {mean:.3f} ({low:.3f} to {high:.3f}), {options.genotypes} genotypes")
+            print(
+                f"{name}: {score}: tau {mean:.3f} ({low:.3f} to {high:.3f}), {len(scores['faulty accuracy'])} genotypes"
+            )
         axes = figure.add_subplot(1, 2, index + 1)
         axes.plot(100 * scores["margins kept (b3)"], 100 * scores["faulty accuracy"], "o", color=plots.PALETTE[2])
         axes.set_title(f"{name}: predicted by b3, measured", loc="left", color=plots.INK, fontsize=10)
         axes.set_xlabel("margins kept (%)")
         axes.set_ylabel("faulty accuracy (%)")
         plots.bare(axes)
-    options.out.mkdir(parents=True, exist_ok=True)
     plots.save(figure, options.out / "fault-scores")
-    (options.out / "fault-scores.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

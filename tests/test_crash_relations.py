@@ -277,7 +277,7 @@ def test_a_sure_error_has_no_tail():
 
 @pytest.mark.parametrize("kind", [nn.Sigmoid, nn.Tanh])
 def test_with_width_b3_nears_b4_in_the_variance_and_not_in_the_mean(kind):
-    """Random nets: q^2 = 1 / n. What b3 misses of the variance falls as 1 / n; of the mean n terms of that order stay."""
+    """Random nets: q^2 = 1 / n. What b3 misses of the variance falls as 1 / n; of the mean n terms of it stay."""
     widths, errors = [16, 64, 256], {"mean": [], "variance": []}
     for n in widths:
         found = {"mean": [], "variance": []}

@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def normal(num: int, size: int, seed: int) -> Tensor:
     return torch.randn(num, size, generator=generator(seed, "x"), dtype=torch.float64)
 
 
+@cache
 def digits(split: str) -> tuple[Tensor, Tensor]:
     """Return the digits as normalised vectors, float64 [N, 64], and their labels."""
     (images, labels), *_ = load(DataConfig(name="digits"), split).batches(2000)  # type: ignore[arg-type]
@@ -127,7 +129,7 @@ def width(quick: bool) -> Result:
 
 def superposition(quick: bool) -> Result:
     """Compare crashes in two sets of layers with the sum of each: all 25 pairs of disjoint subsets of four layers."""
-    nets = 3 if quick else 10
+    nets = 2 if quick else 5
     places = ("input", "1", "3", "5")
     subsets = [s for size in range(1, 5) for s in itertools.combinations(range(4), size)]
     pairs = [(a, b) for a, b in itertools.combinations(subsets, 2) if not set(a) & set(b)]
@@ -159,10 +161,10 @@ def superposition(quick: bool) -> Result:
 
 def decay(quick: bool) -> Result:
     """Follow loss and R through a training: estimates, Monte Carlo, and what crashes really do to the loss."""
-    steps, samples, p = (200, 200, 0.02) if quick else (3000, 1500, 0.02)
+    steps, samples, p = (200, 200, 0.02) if quick else (3000, 300, 0.02)
     net = dense((64, 50, 25, 10), nn.Sigmoid, 0, gain=2.0)
     x, y = digits("train")
-    marks = sorted({int(m) for m in np.geomspace(1, steps + 1, 16)})
+    marks = sorted({int(m) for m in np.geomspace(1, steps + 1, 14)})
     found: dict[str, Any] = {"p": p, "steps": [], "curves": {}}
 
     def seen(step: int) -> None:
@@ -208,15 +210,15 @@ def decay(quick: bool) -> Result:
 def networks(name: str, num: int) -> tuple[list[nn.Sequential], Tensor]:
     """Return dense nets that differ, and inputs."""
     if name == "random":
-        return [dense((20, 20, 20, 1), nn.ReLU, seed, gain=0.5 + seed / num) for seed in range(num)], normal(20, 20, 99)
+        return [dense((20, 20, 20, 1), nn.ReLU, seed, gain=0.5 + seed / num) for seed in range(num)], normal(10, 20, 99)
     nets = []
     with track("train", num) as progress:
         for seed in range(num):
             net = dense((64, 30 + seed % 5 * 10, 25, 10), nn.Sigmoid, seed, gain=2.0)
-            train(net, 100 + 60 * (seed % 7), seed=seed, decay=[0.0, 1e-4, 1e-3][seed % 3])
+            train(net, 100 + 40 * (seed % 7), seed=seed, decay=[0.0, 1e-4, 1e-3][seed % 3])
             nets.append(net)
             progress.advance()
-    return nets, digits("test")[0][:20]
+    return nets, digits("test")[0][:10]
 
 
 def predictions(cut: Cut, x: Tensor, *, p: float, samples: int, seed: int) -> dict[str, list[Tensor]]:
@@ -237,7 +239,7 @@ def predictions(cut: Cut, x: Tensor, *, p: float, samples: int, seed: int) -> di
 
 def ranking(quick: bool) -> Result:
     """Rank networks and inputs by b1 to b4, beside Monte Carlo: rank loss (0.5 is chance), error, correlation."""
-    num, samples, p = (8, 2000, 0.01) if quick else (60, 40_000, 0.01)
+    num, samples, p = (8, 2000, 0.01) if quick else (40, 20_000, 0.01)
     found: dict[str, Any] = {"p": p, "networks": num, "samples": samples, "results": {}}
     for family, layer in (("random", "input"), ("trained", "1")):
         nets, x = networks(family, num)

@@ -12,7 +12,7 @@ The score is the mean over images of the probability that the margin stays above
 variance. Beside it stand the clean accuracy, and accuracy under a single fault draw, of about the same cost.
 
     ftnas search quickstart --out runs/quickstart
-    python scripts/fault_scores.py runs/quickstart --genotypes 60
+    python scripts/fault_scores.py runs/quickstart --genotypes 40
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ def taus(scores: dict[str, np.ndarray]) -> dict[str, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder of a finished search")
-    parser.add_argument("--genotypes", type=int, default=60, help="random genotypes (default: 60)")
-    parser.add_argument("--draws", type=int, default=10, help="fault draws per image of the truth (default: 10)")
+    parser.add_argument("--genotypes", type=int, default=40, help="random genotypes (default: 40)")
+    parser.add_argument("--draws", type=int, default=4, help="fault draws per image of the truth (default: 4)")
     parser.add_argument("--faults", nargs="+", choices=("crash", "mibb"), default=["crash", "mibb"])
     parser.add_argument("--crash-rate", type=float, default=0.05, help="of positions (default: 0.05)")
     parser.add_argument("--mac-error-rate", type=float, default=1e-3, help="of MiBB (default: 0.001)")

@@ -49,7 +49,7 @@ def write(path, **changed):
 @pytest.mark.parametrize("name", shipped_names(FOLDER, ".yaml"))
 def test_shipped_configs_fit_their_models(name):
     config = read_nodes_config(name)
-    shape = (3, 32, 32) if "cifar" in name else (1, 8, 8)
+    shape = {"cifar10": (3, 32, 32), "digits": (1, 8, 8), "health": (23,)}[name.split("-")[0]]
     config.partition.check_covers(len(config.model.blocks(shape, num_classes=10)))
 
 
@@ -194,6 +194,8 @@ def test_variants_that_run_the_models_of_another(tmp_path):
         ({"variants": {"v": {"mode": "dfg", "skips": [{"source": "input", "to": "c"}]}}}, "no skip input -> c; it has"),
         ({"selection": {"setting": "norml"}}, "did you mean 'normal'"),
         ({"selection": {"share": 0}}, "greater than 0"),
+        ({"data": {"name": "health"}}, "root: required"),
+        ({"data": {"name": "health", "root": "x"}, "augment": {"flip": True}}, "no effect on sensor readings"),
     ],
 )
 def test_bad_configs_are_one_line(changed, message):

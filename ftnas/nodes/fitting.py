@@ -11,9 +11,10 @@ import torch
 from torch.nn import functional
 
 from ftnas import rng
-from ftnas.data import ImageSet, load, stratified_split
+from ftnas.datasets import stratified_split
 from ftnas.nodes.exact import average, evaluate
 from ftnas.nodes.network import Failout, SplitNetwork
+from ftnas.nodes.samples import Samples, load_samples
 from ftnas.nodes.study import NodesConfig, Variant, model_file
 from ftnas.progress import Tracker, say, track
 from ftnas.rundir import Folder
@@ -43,7 +44,7 @@ class Progress:
     best: State = field(default_factory=dict)
 
 
-def build(config: NodesConfig, variant: Variant, images: ImageSet, *, seed: int) -> SplitNetwork:
+def build(config: NodesConfig, variant: Variant, images: Samples, *, seed: int) -> SplitNetwork:
     """Build one variant as it is trained; the blocks start from the same weights in all variants of a seed."""
     partition = config.partition.without_skips() if variant.mode == "vanilla" else config.partition
     if variant.skips is not None:
@@ -62,7 +63,7 @@ def build(config: NodesConfig, variant: Variant, images: ImageSet, *, seed: int)
         )
 
 
-def trained(config: NodesConfig, name: str, images: ImageSet, *, seed: int, folder: Folder) -> SplitNetwork:
+def trained(config: NodesConfig, name: str, images: Samples, *, seed: int, folder: Folder) -> SplitNetwork:
     """Return a trained variant as it is run, in evaluation mode; ValueError if it is not trained yet."""
     variant, source = config.variants[name], config.trained(name)
     assert source is not None
@@ -94,9 +95,9 @@ class Fit:
         self,
         network: SplitNetwork,
         config: NodesConfig,
-        images: ImageSet,
+        images: Samples,
         *,
-        validation: ImageSet | None = None,
+        validation: Samples | None = None,
         failout: Failout | None,
         seed: int,
     ) -> None:
@@ -140,7 +141,7 @@ class Fit:
             total, count = total + loss.detach(), count + 1
         return float(total) / max(1, count)
 
-    def _keep_if_best(self, validation: ImageSet) -> None:
+    def _keep_if_best(self, validation: Samples) -> None:
         assert self.config.selection is not None
         rates = self.config.rates[self.config.selection.setting]
         results = evaluate(
@@ -171,18 +172,18 @@ class Fit:
         self.progress = Progress(**{key: state[key] for key in vars(self.progress)})
 
 
-def split(config: NodesConfig) -> tuple[ImageSet, ImageSet | None]:
+def split(config: NodesConfig) -> tuple[Samples, Samples | None]:
     """Load the images to train on and those to choose the epoch by; the split is the same for every seed."""
-    images = load(config.data, "train")
+    images = load_samples(config.data, "train")
     if config.selection is None:
         return images, None
     chosen, rest = stratified_split(images.labels, config.selection.share, seed=0)
     return images.subset(rest), images.subset(chosen)
 
 
-def test_set(config: NodesConfig) -> ImageSet:
+def test_set(config: NodesConfig) -> Samples:
     """Load the images to evaluate on; ValueError when there are fewer than the config asks for."""
-    images = load(config.data, "test")
+    images = load_samples(config.data, "test")
     num = config.test_images
     if num is None or num == len(images):
         return images

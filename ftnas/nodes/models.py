@@ -29,6 +29,8 @@ class SplitModel(Settings):
     def blocks(self, shape: tuple[int, ...], *, num_classes: int) -> nn.Sequential:
         """Build the blocks for samples of a shape; the caller seeds the initialisation."""
         if self.name == "mobilenet_v1":
+            if len(shape) != 3:
+                raise ValueError(f"mobilenet_v1 takes images, and a sample here has shape {shape}; take mlp")
             model = baselines.create("mobilenet_v1", num_classes=num_classes, in_channels=shape[0], width=self.width)
             return flat(model)
         features = 1

@@ -60,10 +60,10 @@ def run_live(config: NodesConfig, folder: Folder) -> str:
     """
     name = config.live.variant or _first_with_skips(config)
     images = test_set(config)
-    if (config.live.images or 0) > images.num_images:
-        raise ValueError(f"live.images: there are {images.num_images} test images, got {config.live.images}")
+    if (config.live.images or 0) > len(images):
+        raise ValueError(f"live.images: there are {len(images)} test images, got {config.live.images}")
     network = trained(config, name, images, seed=config.seed, folder=folder)
-    chosen = images.subset(range(config.live.images or images.num_images))
+    chosen = images.subset(range(config.live.images or len(images)))
     batches = list(chosen.batches(config.live.batch_size))
     with one_thread():
         steps = stream(network, batches, config.live, num_classes=images.num_classes)

@@ -9,11 +9,11 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from ftnas.augment import AugmentConfig
-from ftnas.datasets import DataConfig
 from ftnas.nodes.matching import Matching
 from ftnas.nodes.models import SplitModel
 from ftnas.nodes.network import Failout, Mode, Weighting
 from ftnas.nodes.partition import Partition, Skip
+from ftnas.nodes.samples import HealthConfig, SamplesConfig
 from ftnas.overrides import read_data
 from ftnas.rundir import RunDir
 from ftnas.settings import Count, Positive, Rate, Settings, did_you_mean, parse
@@ -127,7 +127,7 @@ class NodesConfig(Settings):
     name: str
     seed: int = 0
     seeds: Count = 5
-    data: DataConfig
+    data: SamplesConfig
     augment: AugmentConfig = AugmentConfig()
     model: SplitModel
     partition: Partition
@@ -144,6 +144,8 @@ class NodesConfig(Settings):
     @model_validator(mode="after")
     def _names_fit(self) -> NodesConfig:
         names = set(self.partition.parents)
+        if isinstance(self.data, HealthConfig) and self.augment.active:
+            raise ValueError("augment is for images, and has no effect on sensor readings; leave it out")
         if NO_FAILURE in self.settings:
             raise ValueError(f"settings.{NO_FAILURE}: is there always; take another name")
         for name, rates in self.settings.items():

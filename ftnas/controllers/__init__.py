@@ -2,6 +2,7 @@
 
 from ftnas.controllers.base import (
     CONTROLLERS,
+    Choices,
     Controller,
     ControllerChoice,
     ControllerConfig,
@@ -15,6 +16,7 @@ from ftnas.controllers.reinforce import ReinforceConfig, ReinforceController
 
 __all__ = [
     "CONTROLLERS",
+    "Choices",
     "Controller",
     "ControllerChoice",
     "ControllerConfig",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
+import torch
 from pydantic import BeforeValidator, SerializeAsAny
 
 from ftnas.registry import Registry
@@ -14,6 +15,62 @@ from ftnas.rng import generator
 from ftnas.settings import Settings, parse
 from ftnas.space.genotype import Genotype
 from ftnas.space.space import Space
+
+
+class Choices(Protocol):
+    """What random and evolution need of a space whose genotypes are not cells; they are any hashable values."""
+
+    def random(self, *, generator: torch.Generator) -> Any:
+        """Draw a genotype."""
+
+    def mutate(self, genotype: Any, *, generator: torch.Generator) -> Any:
+        """Return a neighbour of a genotype, another one."""
+
+    def validate(self, genotype: Any) -> None:
+        """Raise a ValueError for a genotype that is not of the space."""
+
+    def to_decisions(self, genotype: Any) -> Any:
+        """Return a genotype as plain values, for a checkpoint."""
+
+    def from_decisions(self, decisions: Any) -> Any:
+        """Return the genotype of `to_decisions`; a ValueError if it is not of the space."""
+
+    def signature(self) -> dict[str, Any]:
+        """Return plain values that tell this space from others."""
+
+
+class Cells:
+    """A cell-based space, seen as `Choices`."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+
+    def random(self, *, generator: torch.Generator) -> Genotype:
+        """See `Genotype.random`."""
+        return Genotype.random(self._space, generator=generator)
+
+    def mutate(self, genotype: Genotype, *, generator: torch.Generator) -> Genotype:
+        """See `Genotype.mutate`."""
+        return genotype.mutate(self._space, generator=generator)
+
+    def validate(self, genotype: Genotype) -> None:
+        """See `Genotype.validate`."""
+        genotype.validate(self._space)
+
+    def to_decisions(self, genotype: Genotype) -> Any:
+        """See `Genotype.to_decisions`."""
+        return genotype.to_decisions(self._space)
+
+    def from_decisions(self, decisions: Any) -> Genotype:
+        """See `Genotype.from_decisions`."""
+        return Genotype.from_decisions(self._space, decisions)
+
+    def signature(self) -> dict[str, Any]:
+        """Return cells, nodes, primitives, and the functions of weights where a genotype decides on them."""
+        space = self._space
+        functions = {"functions": list(space.functions)} if space.functions else {}
+        cells, primitives = list(space.cell_types), list(space.primitives)
+        return {"cells": cells, "nodes": space.nodes, "primitives": primitives, **functions}
 
 
 class ControllerConfig(Settings):
@@ -30,15 +87,17 @@ class Controller(ABC):
 
     Args:
         config: Settings, an instance of ``Config``.
-        space: The space that every genotype asked and told belongs to.
+        space: The space that every genotype asked and told belongs to: of cells, or, for controllers that know no more
+            of it than `Choices` says, of anything else.
         seed: Of the controller's stream; same seed and same calls, same genotypes.
     """
 
     Config: ClassVar[type[ControllerConfig]]
 
-    def __init__(self, config: ControllerConfig, space: Space, *, seed: int) -> None:
+    def __init__(self, config: ControllerConfig, space: Space | Choices, *, seed: int) -> None:
         self.config = config
-        self.space = space
+        self.space: Any = space
+        self.choices: Choices = Cells(space) if isinstance(space, Space) else space
         self.generator = generator(seed, "controller", config.name)
 
     @abstractmethod
@@ -115,7 +174,7 @@ def read_config(value: Any) -> Any:
 ControllerChoice = Annotated[SerializeAsAny[ControllerConfig], BeforeValidator(read_config)]
 
 
-def create_controller(config: ControllerConfig, space: Space, *, seed: int) -> Controller:
+def create_controller(config: ControllerConfig, space: Space | Choices, *, seed: int) -> Controller:
     """Build the controller that ``config.name`` chooses.
 
     Raises:
@@ -133,7 +192,7 @@ def check_num(num: int) -> None:
         raise ValueError(f"ask: the number of genotypes must be at least 1, got {num}")
 
 
-def check_told(genotypes: Sequence[Genotype], rewards: Sequence[float], space: Space) -> list[float]:
+def check_told(genotypes: Sequence[Any], rewards: Sequence[float], choices: Choices) -> list[float]:
     """Return the rewards as numbers, after checking all that ``Controller.tell`` promises to check."""
     if len(genotypes) != len(rewards) or not len(genotypes):
         raise ValueError(
@@ -144,19 +203,15 @@ def check_told(genotypes: Sequence[Genotype], rewards: Sequence[float], space: S
     for genotype, number in zip(genotypes, numbers, strict=True):
         if not math.isfinite(number):
             raise ValueError(f"tell: rewards must be finite, got {number}; leave failed candidates out")
-        genotype.validate(space)
+        choices.validate(genotype)
     return numbers
 
 
 def pack_state(controller: Controller, **extra: Any) -> dict[str, Any]:
     """Return the state that all controllers share (name, space, stream), and the given rest."""
-    functions = {"functions": list(controller.space.functions)} if controller.space.functions else {}
     return {
-        **functions,
         "controller": controller.config.name,
-        "cells": list(controller.space.cell_types),
-        "nodes": controller.space.nodes,
-        "primitives": list(controller.space.primitives),
+        **controller.choices.signature(),
         "generator": controller.generator.get_state(),
         **extra,
     }
@@ -164,11 +219,12 @@ def pack_state(controller: Controller, **extra: Any) -> dict[str, Any]:
 
 def check_state(controller: Controller, state: Mapping[str, Any], *, keys: Sequence[str] = ()) -> None:
     """Raise a ValueError unless the state is of this kind of controller, on this space, with these keys."""
-    missing = [key for key in ("controller", "cells", "nodes", "primitives", "generator", *keys) if key not in state]
+    same = ("controller", *controller.choices.signature())
+    missing = [key for key in (*same, "generator", *keys) if key not in state]
     if missing:
         raise ValueError(f"controller state: {missing[0]!r} is missing; the checkpoint is not one of a controller")
     own = pack_state(controller)
-    for key in ("controller", "cells", "nodes", "primitives", "functions"):
+    for key in dict.fromkeys((*same, "functions")):
         if state.get(key) != own.get(key):
             raise ValueError(f"controller state: {key} must be {own.get(key)!r}, got {state.get(key)!r}")
 
@@ -198,11 +254,11 @@ class RandomController(Controller):
     def ask(self, num: int) -> list[Genotype]:
         """Draw ``num`` genotypes uniformly and independently."""
         check_num(num)
-        return [Genotype.random(self.space, generator=self.generator) for _ in range(num)]
+        return [self.choices.random(generator=self.generator) for _ in range(num)]
 
     def tell(self, genotypes: Sequence[Genotype], rewards: Sequence[float]) -> dict[str, float]:
         """Check the arguments and return the mean reward."""
-        numbers = check_told(genotypes, rewards, self.space)
+        numbers = check_told(genotypes, rewards, self.choices)
         return {"reward": sum(numbers) / len(numbers)}
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pydantic import model_validator
 
 from ftnas.controllers.base import (
     CONTROLLERS,
+    Choices,
     Controller,
     ControllerConfig,
     check_num,
@@ -52,7 +53,7 @@ class EvolutionController(Controller):
     Config = EvolutionConfig
     config: EvolutionConfig
 
-    def __init__(self, config: EvolutionConfig, space: Space, *, seed: int) -> None:
+    def __init__(self, config: EvolutionConfig, space: Space | Choices, *, seed: int) -> None:
         super().__init__(config, space, seed=seed)
         self.population: deque[tuple[Genotype, float]] = deque(maxlen=config.population_size)
 
@@ -63,10 +64,10 @@ class EvolutionController(Controller):
 
     def _propose(self) -> Genotype:
         if len(self.population) < self.config.population_size:
-            return Genotype.random(self.space, generator=self.generator)
+            return self.choices.random(generator=self.generator)
         drawn = torch.randint(len(self.population), (self.config.sample_size,), generator=self.generator).tolist()
         parent, _ = max((self.population[index] for index in drawn), key=lambda member: member[1])
-        return parent.mutate(self.space, generator=self.generator)
+        return self.choices.mutate(parent, generator=self.generator)
 
     def tell(self, genotypes: Sequence[Genotype], rewards: Sequence[float]) -> dict[str, float]:
         """Append the genotypes in order; beyond ``population_size`` the oldest die.
@@ -75,7 +76,7 @@ class EvolutionController(Controller):
             ``reward`` (mean of those told), ``population`` (its size), ``population_reward`` (its mean) and
             ``best_reward`` (its maximum).
         """
-        numbers = check_told(genotypes, rewards, self.space)
+        numbers = check_told(genotypes, rewards, self.choices)
         self.population.extend(zip(genotypes, numbers, strict=True))
         alive = [reward for _, reward in self.population]
         return {
@@ -89,7 +90,7 @@ class EvolutionController(Controller):
         """Return the stream and the population, oldest first, as decisions and rewards."""
         return pack_state(
             self,
-            genotypes=[genotype.to_decisions(self.space) for genotype, _ in self.population],
+            genotypes=[self.choices.to_decisions(genotype) for genotype, _ in self.population],
             rewards=[reward for _, reward in self.population],
         )
 
@@ -103,7 +104,7 @@ class EvolutionController(Controller):
                 f"controller state: at most population_size={self.config.population_size} members, "
                 f"got {len(state['genotypes'])}"
             )
-        genotypes = [Genotype.from_decisions(self.space, decisions) for decisions in state["genotypes"]]
+        genotypes = [self.choices.from_decisions(decisions) for decisions in state["genotypes"]]
         members = list(zip(genotypes, state["rewards"], strict=True))
         restore_generator(self, state)
         self.population.clear()

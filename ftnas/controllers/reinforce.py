@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ftnas.controllers.base import (
     CONTROLLERS,
+    Choices,
     Controller,
     ControllerConfig,
     check_num,
@@ -174,8 +175,11 @@ class ReinforceController(Controller):
     Config = ReinforceConfig
     config: ReinforceConfig
 
-    def __init__(self, config: ReinforceConfig, space: Space, *, seed: int) -> None:
+    def __init__(self, config: ReinforceConfig, space: Space | Choices, *, seed: int) -> None:
         super().__init__(config, space, seed=seed)
+        if not isinstance(space, Space):
+            raise ValueError("controller 'reinforce' decides on cells only; take random or evolution")
+        self.space = space
         stream = generator(seed, "controller", config.name, "init")
         self.policies = CellPolicies(space, config=config, generator=stream)
         self.optimizer = torch.optim.Adam(self.policies.parameters(), lr=config.lr)
@@ -212,7 +216,7 @@ class ReinforceController(Controller):
             ``entropy``, ``entropy_normal``, ``entropy_reduce``: mean over decisions of H / log(number of
             choices), in [0, 1], 1 for a uniform policy; decisions with one choice left out.
         """
-        numbers = check_told(genotypes, rewards, self.space)
+        numbers = check_told(genotypes, rewards, self.choices)
         reward = sum(numbers) / len(numbers)
         baseline = reward if self.num_updates == 0 else self.baseline
         log_probs, entropies = self.policies.score(self.encode(genotypes))

@@ -104,8 +104,8 @@ class Fit:
         self.network, self.config, self.images, self.validation = network, config, images, validation
         self.failout, self.seed = failout, seed
         self.progress = Progress()
-        self._optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
-        self._masks = rng.generator(seed, "nodes", "failout")
+        self._optimizer = torch.optim.Adam(network.parameters(), lr=config.lr, fused=True)
+        self.masks = rng.generator(seed, "nodes", "failout")
 
     def run(self, after_epoch: Callable[[Fit, float], None] = lambda fit, loss: None) -> Progress:
         """Train to the end; ``after_epoch`` gets this training and the mean loss of the epoch."""
@@ -119,6 +119,12 @@ class Fit:
             self.network.load_state_dict(self.progress.best)
         return self.progress
 
+    def draw(self) -> frozenset[str]:
+        """Draw the nodes that are down for one batch."""
+        if self.failout is None:
+            return frozenset()
+        return self.failout.sample(self.network.partition, generator=self.masks)
+
     def _epoch(self) -> float:
         total, count = torch.zeros(()), 0
         self.network.train()
@@ -129,7 +135,7 @@ class Fit:
             augment=self.config.augment,
             drop_last=True,
         ):
-            down = self.failout.sample(self.network.partition, generator=self._masks) if self.failout else frozenset()
+            down = self.draw()
             logits = self.network(inputs, down)
             if logits is None:
                 self.progress.left_out += 1
@@ -160,7 +166,7 @@ class Fit:
         return {
             "network": self.network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            "masks": self._masks.get_state(),
+            "masks": self.masks.get_state(),
             **vars(self.progress),
         }
 
@@ -168,7 +174,7 @@ class Fit:
         """Go on from a state."""
         self.network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._masks.set_state(state["masks"])
+        self.masks.set_state(state["masks"])
         self.progress = Progress(**{key: state[key] for key in vars(self.progress)})
 
 
@@ -207,10 +213,11 @@ def train_all(config: NodesConfig, folder: Folder, *, checkpoint_every_s: float 
             variant = config.variants[name]
             network = build(config, variant, images, seed=seed)
             fit = Fit(network, config, images, validation=validation, failout=variant.failout, seed=seed)
-            _train(fit, folder, name, bar=bar, every_s=checkpoint_every_s)
+            fit_into(fit, folder, name, bar=bar, every_s=checkpoint_every_s)
 
 
-def _train(fit: Fit, folder: Folder, name: str, *, bar: Tracker, every_s: float) -> None:
+def fit_into(fit: Fit, folder: Folder, name: str, *, bar: Tracker, every_s: float) -> None:
+    """Train to the end, or go on with what was interrupted, and write the model file of that name."""
     part = f"{name}-{fit.seed}.part.pt"
     saved = time.monotonic()
 

@@ -115,6 +115,7 @@ class SplitNetwork(nn.Module):
             raise ValueError(f"one weight per hyperconnection: {len(self.links)} needed, got {len(self.weights)}")
         self.order = [node.name for node in self.partition.ordered()]
         self.nodes = nn.ModuleList(nn.Sequential(*(blocks[b] for b in node.blocks)) for node in partition.ordered())
+        self.shapes: dict[str, tuple[int, ...]] = {}  # source -> shape of what it sends for one sample
         self.matches = self._matches(shape, matching)
 
     def _matches(self, shape: tuple[int, ...], matching: Matching) -> nn.ModuleList:
@@ -128,6 +129,7 @@ class SplitNetwork(nn.Module):
                 inputs[name] = outputs[first.source]
                 outputs[name] = tuple(module(torch.zeros(1, *inputs[name])).shape[1:])
         self.nodes.train(was_training)
+        self.shapes = outputs
         return nn.ModuleList(Match(outputs[link.source], inputs[link.to], matching=matching) for link in self.links)
 
     def active(self, link: Link, down: Collection[str]) -> bool:
@@ -156,14 +158,18 @@ class SplitNetwork(nn.Module):
         shares = survival or {}
         self.weights = [w * shares.get(link.source, 1.0) for w, link in zip(self.weights, self.links, strict=True)]
 
-    def carries(self, down: Collection[str]) -> bool:
-        """Whether any information reaches the answer of the top."""
+    def informed(self, down: Collection[str]) -> set[str]:
+        """Return the sources that send information while some nodes are down, ``input`` among them."""
         informed = {INPUT}
         for name in self.order:
             sources = [link.source for link in self.links if link.to == name and self.active(link, down)]
             if name not in down and any(source in informed for source in sources):
                 informed.add(name)
-        return self.partition.top in informed
+        return informed
+
+    def carries(self, down: Collection[str]) -> bool:
+        """Whether any information reaches the answer of the top."""
+        return self.partition.top in self.informed(down)
 
     def forward(self, inputs: Tensor, down: Collection[str] = ()) -> Tensor | None:
         """Answer while some nodes are down.

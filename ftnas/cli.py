@@ -282,6 +282,14 @@ def nodes_evaluate_command(study: NodesConfig, run: RunDir) -> None:
     click.echo(f"table.md, plot.png and plot.svg are in {run.path}")
 
 
+@_nodes_command("search")
+def nodes_search_command(study: NodesConfig, run: RunDir) -> None:
+    """Search which skips of CONFIG to keep within a budget of bytes per image."""
+    from ftnas.nodes.searching import run_search
+
+    click.echo(run_search(study, run))
+
+
 @_nodes_command("run")
 def nodes_run_command(study: NodesConfig, run: RunDir) -> None:
     """Run a trained variant of CONFIG for real: each node a process, images streamed through them.

@@ -67,16 +67,22 @@ def trained(config: NodesConfig, name: str, images: Samples, *, seed: int, folde
     """Return a trained variant as it is run, in evaluation mode; ValueError if it is not trained yet."""
     variant, source = config.variants[name], config.trained(name)
     assert source is not None
-    file = model_file(variant.models or name, seed)
-    if not folder.file(file).exists():
-        raise ValueError(f"{variant.models or name}, seed {seed} is not trained yet; run ftnas nodes train first")
     network = build(config, source, images, seed=seed)
-    network.load_state_dict(folder.load(file, keys=("state",))["state"])
+    network.load_state_dict(trained_state(folder, variant.models or name, seed))
     survival: dict[str, float] = {}
     if variant.survival and source.failout is not None:
         survival = {node: 1.0 - rate for node, rate in source.failout.rates_of(network.partition).items()}
     network.use(variant.mode, skips=variant.skips, survival=survival)
     return network.eval()
+
+
+def trained_state(folder: Folder, name: str, seed: int) -> State:
+    """Return the weights of a trained variant; ValueError if it is not trained yet."""
+    file = model_file(name, seed)
+    if not folder.file(file).exists():
+        raise ValueError(f"{name}, seed {seed} is not trained yet; run ftnas nodes train first")
+    state: State = folder.load(file, keys=("state",))["state"]
+    return state
 
 
 class Fit:
@@ -113,7 +119,7 @@ class Fit:
             loss = self._epoch()
             self.progress.epoch += 1
             if self.validation is not None:
-                self._keep_if_best(self.validation)
+                self.choose(self.validation)
             after_epoch(self, loss)
         if self.validation is not None:
             self.network.load_state_dict(self.progress.best)
@@ -147,7 +153,8 @@ class Fit:
             total, count = total + loss.detach(), count + 1
         return float(total) / max(1, count)
 
-    def _keep_if_best(self, validation: Samples) -> None:
+    def choose(self, validation: Samples) -> None:
+        """Keep the epoch if it is the best so far on the validation samples."""
         assert self.config.selection is not None
         rates = self.config.rates[self.config.selection.setting]
         results = evaluate(

@@ -113,6 +113,7 @@ class SplitNetwork(nn.Module):
         self.weights = [1.0] * len(self.links) if weights is None else list(weights)
         if len(self.weights) != len(self.links):
             raise ValueError(f"one weight per hyperconnection: {len(self.links)} needed, got {len(self.weights)}")
+        self._given = list(self.weights)
         self.order = [node.name for node in self.partition.ordered()]
         self.nodes = nn.ModuleList(nn.Sequential(*(blocks[b] for b in node.blocks)) for node in partition.ordered())
         self.shapes: dict[str, tuple[int, ...]] = {}  # source -> shape of what it sends for one sample
@@ -156,7 +157,7 @@ class SplitNetwork(nn.Module):
             stay = {(skip.source, skip.to) for skip in skips}
             self.absent = frozenset(k for k in self.links if k.bypassed and (k.source, k.to) not in stay)
         shares = survival or {}
-        self.weights = [w * shares.get(link.source, 1.0) for w, link in zip(self.weights, self.links, strict=True)]
+        self.weights = [w * shares.get(link.source, 1.0) for w, link in zip(self._given, self.links, strict=True)]
 
     def informed(self, down: Collection[str]) -> set[str]:
         """Return the sources that send information while some nodes are down, ``input`` among them."""

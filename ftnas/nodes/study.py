@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from ftnas.augment import AugmentConfig
+from ftnas.controllers import ControllerChoice, EvolutionConfig
 from ftnas.nodes.matching import Matching
 from ftnas.nodes.models import SplitModel
 from ftnas.nodes.network import Failout, Mode, Weighting
@@ -80,6 +81,40 @@ class Selection(Settings):
     setting: str = NO_FAILURE
 
 
+class SkipSearch(Settings):
+    """Which skips of the map to keep (``ftnas nodes search``).
+
+    Attributes:
+        mode: How the kept ones are run.
+        failout: Of the training; needed as for a variant.
+        setting: Failure setting whose exact average accuracy, on the samples of ``selection``, is the score.
+        budget: The most that the kept skips may take together, in bytes per image.
+        counted: ``reserved`` counts what a skip carries while it is active, whether it is or not; ``expected`` what it
+            carries on average in the failure setting.
+        controller: What proposes subsets: random or evolution.
+        trials: Subsets that are asked for.
+        exhaustive: Score every subset too, to compare.
+    """
+
+    mode: Mode = "on_failure"
+    failout: Failout | None = None
+    setting: str
+    budget: Positive
+    counted: Literal["reserved", "expected"] = "reserved"
+    controller: ControllerChoice = EvolutionConfig(population_size=8, sample_size=3)
+    trials: Count = 30
+    exhaustive: bool = False
+
+    @model_validator(mode="after")
+    def _effective(self) -> SkipSearch:
+        Variant(mode=self.mode, failout=self.failout)
+        if self.mode == "vanilla":
+            raise ValueError("mode vanilla has no skips to search; take another")
+        if self.controller.name == "reinforce":
+            raise ValueError("controller reinforce decides on cells only; take random or evolution")
+        return self
+
+
 class LiveConfig(Settings):
     """How ``ftnas nodes run`` runs a trained network, each node a process.
 
@@ -122,6 +157,7 @@ class NodesConfig(Settings):
         test_images: Evaluate on this many test images, stratified, always the same ones. None: all.
         selection: Which epoch is kept; None for the last.
         live: Of ``ftnas nodes run``.
+        search: Of ``ftnas nodes search``.
     """
 
     name: str
@@ -140,6 +176,7 @@ class NodesConfig(Settings):
     selection: Selection | None = None
     test_images: Count | None = None
     live: LiveConfig = LiveConfig()
+    search: SkipSearch | None = None
 
     @model_validator(mode="after")
     def _names_fit(self) -> NodesConfig:
@@ -155,6 +192,12 @@ class NodesConfig(Settings):
         if self.selection is not None and self.selection.setting not in (NO_FAILURE, *self.settings):
             known = did_you_mean(self.selection.setting, [NO_FAILURE, *self.settings])
             raise ValueError(f"selection.setting: no failure setting {self.selection.setting!r}; {known}")
+        if self.search is not None:
+            if self.search.setting not in (NO_FAILURE, *self.settings):
+                known = did_you_mean(self.search.setting, [NO_FAILURE, *self.settings])
+                raise ValueError(f"search.setting: no failure setting {self.search.setting!r}; {known}")
+            if self.selection is None or not self.partition.skips:
+                raise ValueError("search needs skips to choose from, and selection: validation samples to score on")
         for name, variant in self.variants.items():
             self._check_variant(name, variant)
         for where in ("kill", "hang"):

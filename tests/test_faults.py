@@ -35,7 +35,8 @@ def fault(request) -> Fault:
 
 
 def test_every_registered_model_is_held_to_the_contract():
-    assert {case.name for case in CASES.values()} == set(FAULTS)
+    whole_modules = {"node_down"}  # hits no tensor of a layer: see test_node_down.py
+    assert {case.name for case in CASES.values()} == set(FAULTS) - whole_modules
     assert all(FAULTS.get(case.name) is type(case) for case in CASES.values())
 
 

@@ -8,6 +8,7 @@ from ftnas.faults.feature import FeatureBitFlip, MiBB
 from ftnas.faults.inject import inject
 from ftnas.faults.injection import Injection
 from ftnas.faults.neuron import NeuronByzantine, NeuronCrash
+from ftnas.faults.outage import NodeDown
 from ftnas.faults.plans import PlanSet
 from ftnas.faults.record import InjectionRecord
 from ftnas.faults.stuck import AdSAF, BitAdSAF
@@ -27,6 +28,7 @@ __all__ = [
     "MiBB",
     "NeuronByzantine",
     "NeuronCrash",
+    "NodeDown",
     "Plan",
     "PlanSet",
     "ReciprocalNormalVariation",

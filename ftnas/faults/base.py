@@ -190,7 +190,7 @@ class Fault(Settings, ABC):
             section 3.2); it multiplies the rate before any probability is formed from it.
         where: What of the model it can hit; None: all that `inject` selects.
         name: Name in configs and records.
-        target: The tensors that it acts on.
+        target: The tensors that it acts on; ``module``: the outputs of whole modules.
         stage: For features: ``point`` before the activation function, ``buffer`` on what is stored after it.
         rate_name: The quantity that a sweep varies.
         encoding: Encoding that the fault's hardware gives weights, when it differs from the quantizer's own.
@@ -200,7 +200,7 @@ class Fault(Settings, ABC):
     where: Where | None = None
 
     name: ClassVar[str]
-    target: ClassVar[Literal["weight", "feature"]]
+    target: ClassVar[Literal["weight", "feature", "module"]]
     stage: ClassVar[Literal["point", "buffer"]] = "point"
     rate_name: ClassVar[str]
     encoding: ClassVar[Literal["twos_complement", "sign_magnitude"] | None] = None

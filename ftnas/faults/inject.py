@@ -10,6 +10,7 @@ from torch import nn
 from ftnas.faults.base import Fault
 from ftnas.faults.drawing import Drawing, DrawOn
 from ftnas.faults.injection import Injection
+from ftnas.faults.outage import NodeDown, Outages
 from ftnas.faults.place import Protect, check, check_bounds, place, weight_format
 from ftnas.faults.plans import PlanSet
 from ftnas.faults.select import Layers, find_layers
@@ -92,6 +93,12 @@ def inject(
             drawing("weight", "point", errors != "soft"),
             drawing("feature", "point", errors == "hard"),
             drawing("feature", "buffer", errors == "hard"),
+        ),
+        outages=Outages(
+            model,
+            {number: fault for number, fault in enumerate(faults) if isinstance(fault, NodeDown)},
+            seed=seed,
+            hard=errors == "hard",
         ),
         bounds=check_bounds(bounds or {}, candidates),
         mask_gradients=mask_gradients,

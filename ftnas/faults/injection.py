@@ -17,6 +17,7 @@ from ftnas.faults.bounds import FEATURE, WEIGHT, bound_of, clipped_weight, rule_
 from ftnas.faults.changes import Change, Watch
 from ftnas.faults.drawing import Drawing, Key, Placed
 from ftnas.faults.memory import count_distinct, mark, positions, restrict_range, storage
+from ftnas.faults.outage import Outages
 from ftnas.faults.place import feature_site, weight_site
 from ftnas.faults.plans import PlanSet
 from ftnas.faults.record import InjectionRecord, Tally
@@ -44,6 +45,7 @@ class Injection:
         *,
         formats: tuple[FixedPoint | FloatFormat | None, FixedPoint | None],
         drawings: tuple[Drawing, Drawing, Drawing],
+        outages: Outages,
         bounds: Mapping[str, float],
         mask_gradients: bool,
         watch: bool,
@@ -56,6 +58,7 @@ class Injection:
         self._faults = tuple(faults)
         self._weight_format, self._feature_format = formats
         self._weights, self._features, self._buffers = drawings
+        self._outages = outages
         self._buffer_format = (
             self._feature_format if any(p.fault.needs_quantization for p in self._buffers.placed) else None
         )
@@ -78,6 +81,8 @@ class Injection:
 
     def plans(self) -> PlanSet:
         """Return the plans in force: those of the device for hard errors, of the last faulty forward for soft ones."""
+        if self._outages:
+            raise ValueError("node_down has no plans that could be kept; its draws follow from the seed alone")
         found: dict[Key, Plan] = {}
         for drawing in (self._weights, self._features, self._buffers):
             found |= {
@@ -171,10 +176,15 @@ class Injection:
                 undo.append(store_weight(module, self, name))
             later = {name: after_memory(module) for name, module in self._layers.items()}
             self._reads_nan_as_zero = frozenset(name for name, entry in later.items() if entry and entry.zeroes_nan)
+        undo += self._outages.attach(self._outage_draw, self._tally.add)
         if self._activations is not None:
             undo.append(root.register_forward_hook(self._check_met).remove)
         # last, so that a root that is a layer itself is still running when its feature point is met
         undo.append(root.register_forward_hook(self._end, always_call=True).remove)
+
+    def _outage_draw(self) -> int | None:
+        """Return the number of the draw that whole nodes meet now; None where they meet none."""
+        return self._current if self._running and not self._paused else None
 
     def _detach(self) -> None:
         self._stop()

@@ -96,7 +96,8 @@ class WeightBound(Settings):
         learned: As of `FeatureBound`.
         outside: What gradients do to a weight beyond the bound: it ``stay`` s there, as clipping has it, or may
             ``return``: a gradient whose step leads back passes.
-        layers: Type names, name patterns or depths; None for every Conv2d and Linear.
+        layers: Type names, name patterns or depths; None for every Conv2d and Linear, but with ``std_multiple`` for the
+            convolutions alone: a classifier may start next to zero, and would have to stay there.
     """
 
     value: Positive | dict[str, Positive] | None = None
@@ -284,10 +285,10 @@ def _check_selection(value: Any, layers_given: bool) -> None:
 def _values(settings: WeightBound | FeatureBound, layers: dict[str, nn.Module]) -> dict[str, float]:
     if isinstance(settings.value, dict):
         return {name: value for key, value in settings.value.items() for name in select_layers(layers, key)}
-    names = sorted(select_layers(layers, settings.layers))
     if settings.value is not None:
-        return dict.fromkeys(names, settings.value)
+        return dict.fromkeys(sorted(select_layers(layers, settings.layers)), settings.value)
     assert isinstance(settings, WeightBound) and settings.std_multiple is not None
+    names = sorted(select_layers(layers, settings.layers or ("conv2d",)))
     multiple = settings.std_multiple
     return {name: power_of_two(multiple * standard_deviation(_stored(layers[name]))) for name in names}
 

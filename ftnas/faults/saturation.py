@@ -34,7 +34,8 @@ class Saturation(Settings):
         scale: s of s * f(w / s): one for all, or by layer (selectors as in ``layers``, which is then left out).
         std_multiple: In place of ``scale``: the power of two nearest to this many standard deviations of the layer's
             weight at the time, so of its first weights in a training.
-        layers: Type names, name patterns or depths; None for every Conv2d and Linear.
+        layers: Type names, name patterns or depths; None for every Conv2d and Linear, but with ``std_multiple`` for the
+            convolutions alone: a classifier may start next to zero, and would have to stay there.
         nan: What a stored NaN is read as; see `saturate`.
     """
 
@@ -67,7 +68,7 @@ class Saturation(Settings):
             saturate(model, self.function, scale=self.scale, layers=self.layers, nan=self.nan)
             return
         layers = find_layers(model)
-        for name in sorted(select_layers(layers, self.layers)):
+        for name in sorted(select_layers(layers, self.layers or ("conv2d",))):
             scale = power_of_two(self.std_multiple * standard_deviation(cast(Tensor, layers[name].weight)))
             saturate(model, self.function, scale=scale, layers=name, nan=self.nan)
 

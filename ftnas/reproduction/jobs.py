@@ -9,7 +9,8 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from ftnas.campaign import RECORDS, CampaignConfig, Subject, SweepConfig, run_campaign
 from ftnas.config import RunConfig
-from ftnas.data import load, stratified_split
+from ftnas.data import DataConfig, ImageSet, load, stratified_split
 from ftnas.derive import WINNER
 from ftnas.models import count, describe, load_model
 from ftnas.pipeline import Pipeline, pick_device
@@ -194,10 +195,7 @@ def measure(job: Job, measurement: Measurement) -> None:
     }
     path = job.folder / "train" / job.model / f"seed-{job.seed}" / MODEL
     network, metadata = load_model(path, allow_factory=True)
-    images = load(config.data, "test").to(device)
-    if measurement.images is not None and measurement.images < images.num_images:
-        chosen, _ = stratified_split(images.labels, measurement.images / images.num_images, seed=0)
-        images = images.subset(chosen)
+    images = _test_images(config.data, measurement.images).to(device)
     subject = Subject(
         name=job.key,
         train_seed=job.seed,
@@ -217,6 +215,16 @@ def measure(job: Job, measurement: Measurement) -> None:
             seed=seed_for(config.seed, "campaign"),
             folder=run,
         )
+
+
+@lru_cache(maxsize=1)
+def _test_images(data: DataConfig, number: int | None) -> ImageSet:
+    """Return that many test images, stratified, always the same ones; read once for all networks of a study."""
+    images = load(data, "test")
+    if number is None or number >= images.num_images:
+        return images
+    chosen, _ = stratified_split(images.labels, number / images.num_images, seed=0)
+    return images.subset(chosen)
 
 
 def records(job: Job, measurement: Measurement) -> list[dict[str, Any]]:
@@ -266,10 +274,3 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}"
-
-
-def for_seed(job: Job, seed: int) -> Job:
-    """Return the same job for another training seed."""
-    assert job.config.train is not None
-    stage = job.config.train.model_copy(update={"seeds": (seed,)})
-    return replace(job, config=job.config.model_copy(update={"train": stage}))

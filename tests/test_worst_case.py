@@ -11,6 +11,7 @@ import ftnas
 from ftnas.bounds import (
     Failures,
     intervals,
+    local_errors,
     neuron_costs,
     observed,
     of_samples,
@@ -163,6 +164,54 @@ def test_no_attack_is_above_the_bound(name, seed, failures):
             assert (found <= bound + 1e-9).all()
             by_name = {layer.name: n for layer, n in zip(summary.layers, given, strict=True)}
             assert float(found.max()) <= paper.receptive(summary, by_name, scalar) + 1e-9
+
+
+@pytest.mark.parametrize("failures", FAILURES)
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "skip", "images", "trained"])
+@pytest.mark.parametrize("seed", range(2))
+def test_no_attack_is_above_the_local_bound(name, seed, failures):
+    """Signed effects, slopes and maxima: all subsets and corners, of one layer at a time."""
+    failures = FAILURES[failures]
+    model, shape = trained(seed) if name == "trained" else make(name, seed)
+    summary, x = summarize(model, shape), normal(5, *shape, seed=seed)
+    for number, layer in enumerate(summary.layers):
+        for count in (1, 2):
+            found = attack(summary, x, [count if number == other else 0 for other in range(2)], failures)
+            bound = local_errors(summary, x, layer, count=count, failures=failures)
+            assert found.max() > 0
+            assert (found <= bound + 1e-9).all()
+            if count == 1 and number == 1:  # what follows the last layer is linear
+                torch.testing.assert_close(found, bound)
+
+
+def test_local_bounds_are_exact_where_nothing_changes_its_sign_or_its_place():
+    """Large biases: every ReLU stays on; one value of each window is far above the others."""
+    model, shape = make("images", 1)
+    with torch.no_grad():
+        model.norm.bias.fill_(20.0)
+        model.mid.bias.fill_(200.0)
+    summary, x = summarize(model, shape), normal(3, *shape)
+    first = summary.layers[0]
+    for failures in (Failures(), Failures(kind="byzantine", capacity=1e-3)):
+        found = attack(summary, x, (2, 0), failures)
+        bound = local_errors(summary, x, first, count=2, failures=failures)
+        loose = total(neuron_costs(summary, of_samples(summary, x), failures), (2, 0)).view_as(bound)
+        assert (bound <= loose + 1e-9).all()
+        if failures.kind == "byzantine":  # a crash of 20 moves the maximum
+            torch.testing.assert_close(found, bound)
+            assert float(loose.amax()) > 1.2 * float(bound.amax())
+
+
+def test_local_bounds_of_channels():
+    model, shape = make("images", 3)
+    summary, x = summarize(model, shape), normal(6, *shape)
+    first, before = summary.layers[0], summary.run(x)
+    bound = local_errors(summary, x, first, count=1, failures=Failures(unit="channel"))
+    found = torch.zeros_like(bound)
+    for channel in range(2):
+        dead = {first.node: lambda value, c=channel: value.index_fill(1, torch.tensor([c]), 0.0)}
+        found = torch.maximum(found, (summary.run(x, dead)[-1] - before[-1]).abs())
+    assert (found <= bound + 1e-9).all() and found.max() > 0
 
 
 def test_crashed_channels():
@@ -424,6 +473,10 @@ def test_theorem_5_is_reached_where_all_weights_are_the_same():
         (lambda s, r: total(neuron_costs(s, r, Failures()), (9, 0)), "layer 'one' has 4 components, so that 9 cannot"),
         (lambda s, r: intervals(s, torch.tensor(1.0), torch.tensor(0.0)), "a box of inputs has finite ends"),
         (lambda s, r: paper.Chain.of(s), "for chains of Linear layers"),
+        (
+            lambda s, r: local_errors(s, normal(1, 3), s.layers[0], count=1, failures=Failures(component="synapse")),
+            "local bounds are of single neurons",
+        ),
         (lambda s, r: s.layer("three"), "no layer 'three'; the layers are one, two"),
         (lambda s, r: paper.replicate(nn.Sequential(nn.Conv2d(1, 1, 1)), 2), "only chains of Linear layers"),
     ],

@@ -129,7 +129,7 @@ def width(quick: bool) -> Result:
 
 def superposition(quick: bool) -> Result:
     """Compare crashes in two sets of layers with the sum of each: all 25 pairs of disjoint subsets of four layers."""
-    nets = 2 if quick else 5
+    nets = 2 if quick else 10
     places = ("input", "1", "3", "5")
     subsets = [s for size in range(1, 5) for s in itertools.combinations(range(4), size)]
     pairs = [(a, b) for a, b in itertools.combinations(subsets, 2) if not set(a) & set(b)]
@@ -138,7 +138,7 @@ def superposition(quick: bool) -> Result:
         errors: dict[str, list[float]] = {what: [] for what in WHAT}
         with track(f"p={p:g}", nets) as progress:
             for seed in range(nets):
-                net, x = dense((5, 5, 5, 5, 2), nn.Sigmoid, seed, gain=2.0), normal(4, 5, seed)
+                net, x = dense((4, 4, 4, 4, 2), nn.Sigmoid, seed, gain=2.0), normal(4, 4, seed)
                 moments = {s: bounds.exact_jointly([(Cut(net, places[layer]), p) for layer in s], x) for s in subsets}
                 for a, b in pairs:
                     both = moments[tuple(sorted(a + b))]

@@ -54,10 +54,13 @@ class _AtLayers(Settings):
         named = {name: module for name, module in model.named_modules() if name}
         chosen: dict[str, nn.Module] = {}
         for selector in self.layers:
-            kinds = {n: m for n, m in named.items() if type(m).__name__.lower() == selector}
-            found = kinds or {n: m for n, m in named.items() if fnmatchcase(n, selector)}
+            own = {n: m for n, m in named.items() if type(m).__name__.lower() == selector}
+            found = own or {n: m for n, m in named.items() if fnmatchcase(n, selector)}
             if not found:
-                raise ValueError(f"regularizers: {selector!r} matches no layer; {did_you_mean(selector, named)}")
+                types = {type(module).__name__.lower() for module in named.values()}
+                raise ValueError(
+                    f"regularizers: {selector!r} matches no layer; by type {did_you_mean(selector, types)}"
+                )
             chosen |= found
         return list(chosen.values())
 

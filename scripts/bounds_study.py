@@ -239,7 +239,7 @@ def predictions(cut: Cut, x: Tensor, *, p: float, samples: int, seed: int) -> di
 
 def ranking(quick: bool) -> Result:
     """Rank networks and inputs by b1 to b4, beside Monte Carlo: rank loss (0.5 is chance), error, correlation."""
-    num, samples, p = (8, 2000, 0.01) if quick else (40, 20_000, 0.01)
+    num, samples, p = (8, 2000, 0.01) if quick else (30, 10_000, 0.01)
     found: dict[str, Any] = {"p": p, "networks": num, "samples": samples, "results": {}}
     for family, layer in (("random", "input"), ("trained", "1")):
         nets, x = networks(family, num)

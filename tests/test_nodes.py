@@ -153,6 +153,15 @@ BAD = {
     "empty": ([("a", (), None)], [], "no blocks"),
     "order": ([("a", (1,), "b"), ("b", (0,), None)], [], "from low blocks to high"),
     "idle skip": ([("a", (0,), "b"), ("b", (1,), None)], [("a", "b")], "bypasses no node"),
+    "skip to input": ([("a", (0,), "b"), ("b", (1,), None)], [("a", "input")], "no node 'input'; there is: a, b"),
+    "skip from nowhere": ([("a", (0,), "b"), ("b", (1,), None)], [("x", "b")], "no node 'x'; there is: a, b, input"),
+    "skip twice": (
+        [("a", (0,), "b"), ("b", (1,), "c"), ("c", (2,), None)],
+        [("a", "c"), ("a", "c")],
+        "a -> c is there twice",
+    ),
+    "self": ([("a", (0,), "a")], [], "cycle: a -> a"),
+    "no nodes": ([], [], "exactly one node is the top"),
     "down skip": ([("a", (0,), "b"), ("b", (1,), None)], [("b", "a")], "bypasses no node"),
 }
 

@@ -49,6 +49,7 @@ def write(path, **changed):
 @pytest.mark.parametrize("name", shipped_names(FOLDER, ".yaml"))
 def test_shipped_configs_fit_their_models(name):
     config = read_nodes_config(name)
+    assert config.name == f"nodes-{name}"
     shape = {"cifar10": (3, 32, 32), "digits": (1, 8, 8), "health": (23,)}[name.split("-")[0]]
     config.partition.check_covers(len(config.model.blocks(shape, num_classes=10)))
 
@@ -93,6 +94,17 @@ def test_batches_without_information_change_nothing(tmp_path):
     before = {name: value.clone() for name, value in network.state_dict().items()}
     assert Fit(network, config, images, failout=failout, seed=0).run().left_out == 2 * 4
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_folder_in_which_nothing_is_trained_is_replaced(tmp_path):
+    path, out = write(tmp_path / "c.yaml"), tmp_path / "run"
+    open_study(path, out)[1].close()
+    config, run = open_study(path, out, overrides=["epochs=1", "seeds=1"])
+    with run:
+        assert run.config["epochs"] == 1
+        train_all(config, run)
+    with pytest.raises(ValueError, match="holds a run of another config, epochs differs"):
+        open_study(path, out, overrides=["seeds=1"])
 
 
 def test_an_interrupted_training_goes_on_to_the_same_model(tmp_path, monkeypatch):
@@ -192,6 +204,13 @@ def test_variants_that_run_the_models_of_another(tmp_path):
         ({"variants": {"v": {"mode": "dfg", "survival": True}}}, "no effect without failout"),
         ({"variants": {"v": {"mode": "dfg", "skips": []}}}, "is mode vanilla"),
         ({"variants": {"v": {"mode": "dfg", "skips": [{"source": "input", "to": "c"}]}}}, "no skip input -> c; it has"),
+        ({"model": {"name": "mlp", "hidden": 3, "units": 16}}, "on no node: .3.; the model has blocks 0 to 3"),
+        ({"model": {"name": "mlp", "hidden": 1, "units": 16}}, "has no blocks .2., only 0 to 1"),
+        ({"model": {"name": "mlp", "hidden": 2, "width": 0.5}}, "width has no effect on mlp"),
+        ({"partition": SMALL["partition"] | {"skips": []}}, "failout has no effect, the map has no skips"),
+        ({"variants": {"v": {"mode": "dfg", "weights": {"scheme": "one", "high": 9}}}}, "high has no effect"),
+        ({"variants": {"v": {"mode": "dfg", "weights_setting": "poor"}}}, "weights_setting has no effect"),
+        ({"variants": {"../v": {"mode": "dfg"}}}, "should match pattern"),
         ({"selection": {"setting": "norml"}}, "did you mean 'normal'"),
         ({"selection": {"share": 0}}, "greater than 0"),
         ({"data": {"name": "health"}}, "root: required"),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import model_validator
 from torch import nn
 
 from ftnas import baselines
 from ftnas.settings import Count, Positive, Settings
+
+MOBILENET_BLOCKS = 17
+"""The first convolution, 13 stacked layers, pooling, flattening, the last layer."""
 
 
 class SplitModel(Settings):
@@ -25,6 +29,19 @@ class SplitModel(Settings):
     hidden: Count = 10
     units: Count = 250
     width: Positive = 0.75
+
+    @model_validator(mode="after")
+    def _effective(self) -> SplitModel:
+        idle = {"mlp": ("width",), "mobilenet_v1": ("hidden", "units")}[self.name]
+        for key in idle:
+            if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no effect on {self.name}; leave it out")
+        return self
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks there are to host."""
+        return self.hidden + 1 if self.name == "mlp" else MOBILENET_BLOCKS
 
     def blocks(self, shape: tuple[int, ...], *, num_classes: int) -> nn.Sequential:
         """Build the blocks for samples of a shape; the caller seeds the initialisation."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ftnas import rng
@@ -57,6 +57,12 @@ class Weighting(Settings):
 
     scheme: Literal["one", "reliability", "relative", "uniform"] = "one"
     high: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _effective(self) -> Weighting:
+        if self.high != 1.0 and self.scheme != "uniform":
+            raise ValueError(f"high has no effect on the scheme {self.scheme}; leave it out, or take uniform")
+        return self
 
     def weights(self, links: list[Link], *, failure_rates: Mapping[str, float], seed: int) -> list[float]:
         """Return one weight per hyperconnection; ``input`` is fully reliable."""

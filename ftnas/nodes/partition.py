@@ -95,9 +95,9 @@ class Partition(Settings):
 
     def _check_skips(self, names: list[str]) -> None:
         for skip in self.skips:
-            for name in (skip.source, skip.to):
-                if name not in names and not (name == INPUT and name == skip.source):
-                    raise ValueError(f"skip with unknown node {name!r}; {did_you_mean(name, [INPUT, *names])}")
+            for name, known in ((skip.source, [INPUT, *names]), (skip.to, names)):
+                if name not in known:
+                    raise ValueError(f"skip {skip.source} -> {skip.to}: no node {name!r}; {did_you_mean(name, known)}")
             if not self._between(skip):
                 raise ValueError(
                     f"the skip {skip.source} -> {skip.to} bypasses no node; its target must lie at least two steps up"

@@ -21,6 +21,7 @@ from ftnas.settings import Count, Positive, Rate, Settings, did_you_mean, parse
 
 FOLDER = "configs/nodes"
 NO_FAILURE = "no_failure"
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]  # of files, too
 Index = Annotated[int, Field(ge=0)]
 
 
@@ -160,7 +161,7 @@ class NodesConfig(Settings):
         search: Of ``ftnas nodes search``.
     """
 
-    name: str
+    name: Name
     seed: int = 0
     seeds: Count = 5
     data: SamplesConfig
@@ -169,7 +170,7 @@ class NodesConfig(Settings):
     partition: Partition
     matching: Matching = "projection"
     settings: dict[str, dict[str, Rate]]
-    variants: dict[str, Variant] = Field(min_length=1)
+    variants: dict[Name, Variant] = Field(min_length=1)
     epochs: Count
     batch_size: Count
     lr: Positive = 0.001
@@ -183,6 +184,7 @@ class NodesConfig(Settings):
         names = set(self.partition.parents)
         if isinstance(self.data, HealthConfig) and self.augment.active:
             raise ValueError("augment is for images, and has no effect on sensor readings; leave it out")
+        self.partition.check_covers(self.model.num_blocks)
         if NO_FAILURE in self.settings:
             raise ValueError(f"settings.{NO_FAILURE}: is there always; take another name")
         for name, rates in self.settings.items():
@@ -220,10 +222,14 @@ class NodesConfig(Settings):
         has = self.partition if source.skips is None else self.partition.with_skips(source.skips)
         if variant.skips is not None:
             has.with_skips(variant.skips)
-        if source.failout is not None:
-            source.failout.rates_of(has)
-        if variant.weights.scheme in ("reliability", "relative") and variant.weights_setting not in self.settings:
-            raise ValueError(f"variants.{name}.weights_setting: no failure setting {variant.weights_setting!r}")
+        if source.failout is not None and not source.failout.rates_of(has):
+            raise ValueError(f"variants.{name}: failout has no effect, the map has no skips; add some, or take vanilla")
+        follows = variant.weights.scheme in ("reliability", "relative")
+        if follows and variant.weights_setting not in self.settings:
+            known = did_you_mean(variant.weights_setting, self.settings)
+            raise ValueError(f"variants.{name}.weights_setting: no setting {variant.weights_setting!r}; {known}")
+        if not follows and variant.weights_setting != type(variant).model_fields["weights_setting"].default:
+            raise ValueError(f"variants.{name}.weights_setting has no effect on the weights here; leave it out")
 
     def trained(self, name: str) -> Variant | None:
         """Return the variant whose training gives the models of a variant: itself, or that under ``models``."""
@@ -251,6 +257,8 @@ def open_study(
 ) -> tuple[NodesConfig, RunDir]:
     """Read a config and open its run folder, made when missing; the section ``live`` may differ from the folder's.
 
+    A folder of another config in which nothing is trained yet is replaced.
+
     Raises:
         ValueError: The folder belongs to another config.
     """
@@ -263,6 +271,8 @@ def open_study(
     for key in plain.keys() | run.config.keys():
         if key != "live" and run.config.get(key) != plain.get(key):
             run.close()
+            if not any(folder.rglob("*.pt")):
+                return config, RunDir.create(folder, plain, overwrite=True)
             raise ValueError(f"{folder} holds a run of another config, {key} differs; give another --out or remove it")
     return config, run
 

@@ -38,6 +38,8 @@ class Record(BaseModel):
         rate: Of the sweep, or its sigma.
         accuracy: In [0, 1].
         nonfinite: Images for which the model gave NaN or an infinity; they count as wrong.
+        nan_zeroed: Weights that faults turned into NaN and the model read as 0.
+        features_zeroed: Features that were NaN and that it read as 0.
         correct: Base64 of ``numpy.packbits`` of each image's correctness; None where it was not kept.
         flops: 2 x MAC for one image.
     """
@@ -56,6 +58,8 @@ class Record(BaseModel):
     flops: int
     params: int
     nonfinite: int = 0
+    nan_zeroed: int = 0
+    features_zeroed: int = 0
     correct: str | None = None
 
     def images(self) -> np.ndarray | None:
@@ -299,6 +303,11 @@ def _gaps(points: dict[tuple[str, str, float], dict[tuple[int, int | None], Reco
         short = [name for name in names if counts[name] / seeds[name] < max(counts[n] / seeds[n] for n in names)]
         if short:
             notes.append(f"{fault}, rate {rate:g}: not all devices were measured for {', '.join(short)}.")
+    for what, field_name in (("weights", "nan_zeroed"), ("features", "features_zeroed")):
+        for name in names:
+            count = sum(getattr(r, field_name) for p in points if p[1] == name for r in points[p].values())
+            if count:
+                notes.append(f"{name}: {count} {what} that were NaN were read as 0, as its saturation says.")
     broken = {name: sum(r.nonfinite for p in points if p[1] == name for r in points[p].values()) for name in names}
     notes += [
         f"{name}: {count} answers were NaN or infinite; they count as wrong." for name, count in broken.items() if count

@@ -159,6 +159,9 @@ def test_nan_that_a_model_reads_as_zero_are_counted(images, tmp_path):
     assert zeroed["weights", 0.0] == zeroed["features", 0.0] == (0, 0)
     (weights, none), (nothing, features) = zeroed["weights", 0.4], zeroed["features", 0.4]
     assert weights > 0 and features > 0 and none == nothing == 0
+    notes = read_comparison(tmp_path / "run" / RECORDS).notes
+    assert any(f"weights: {weights} weights that were NaN" in note for note in notes)
+    assert any(f"features: {features} features that were NaN" in note for note in notes)
 
 
 def test_answers_that_are_not_numbers_are_counted_apart(images, tmp_path):

@@ -262,9 +262,11 @@ def test_a_tiny_table_from_end_to_end_and_nothing_is_done_twice(tmp_path):
     run(plan(study, **common, cache=cache))
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == before
 
-    # one rate more is measured on the trained networks, in the same folders
+    # one rate and one device more are measured on the trained networks, in the same folders
+    common["settings"] = TINY.model_copy(update={"devices": 3})
     more = plan(tiny_study(tmp_path, rates=(1e-3, 2e-3)), **common, cache=cache)
     run(more)
+    assert [len(jobs.records(entry.jobs[0], entry.measurements[0])) for entry in (*planned, *more)] == [3, 3, 7, 7]
     models = [path for path in before if path.name == "model.pt"]
     assert models and all(path.stat().st_mtime_ns == before[path] for path in models)
     assert [jobs.missing(e.jobs[0], e.measurements[0]) for e in more] == [0, 0]

@@ -36,8 +36,8 @@ class Measurement:
     """A sweep over one trained network.
 
     Attributes:
-        sweep: Fault model and rates; the rates are not part of the hash, so that more of them are measured later.
-        devices: Per rate.
+        sweep: Fault model and rates; rates are not part of the hash, so that more of them are measured later.
+        devices: Per rate; not part of the hash either.
         images: Of the test set; None takes all.
         batch_size: Images per forward.
     """
@@ -116,11 +116,11 @@ class Job:
         return {key: value for key, value in plain.items() if key not in _ELSEWHERE}
 
     def measure_key(self, measurement: Measurement) -> str:
-        """Hash of what decides the records of a sweep, apart from its rates."""
+        """Hash of what decides the records of a sweep, apart from its rates and devices."""
         plain = self._plain()
         sweep = measurement.sweep.model_dump(mode="json", exclude={"rates"})
         hardware = self.config.hardware.without_faults().model_dump(mode="json")
-        sizes = {"devices": measurement.devices, "images": measurement.images, "batch_size": measurement.batch_size}
+        sizes = {"images": measurement.images, "batch_size": measurement.batch_size}
         same = {key: plain[key] for key in ("version", "seed", "device", "threads", "data")}
         return _hash({**same, "training": self.key, "hardware": hardware, "sweep": sweep, **sizes})
 
@@ -189,7 +189,6 @@ def measure(job: Job, measurement: Measurement) -> None:
         "data": config.data.model_dump(mode="json"),
         "hardware": config.hardware.without_faults().model_dump(mode="json"),
         "sweep": measurement.sweep.model_dump(mode="json", exclude={"rates"}),
-        "devices": measurement.devices,
         "images": measurement.images,
         "batch_size": measurement.batch_size,
     }
@@ -228,13 +227,13 @@ def _test_images(data: DataConfig, number: int | None) -> ImageSet:
 
 
 def records(job: Job, measurement: Measurement) -> list[dict[str, Any]]:
-    """Return the records of a sweep that are there, at its rates and at rate 0."""
+    """Return the records of a sweep that are there, of its devices, at its rates and at rate 0."""
     path = job.measure_folder(measurement) / RECORDS
     if not path.exists():
         return []
     wanted = {0.0, *measurement.sweep.rates}
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    return [line for line in lines if line["rate"] in wanted]
+    return [line for line in lines if line["rate"] in wanted and (line["device"] or 0) < measurement.devices]
 
 
 def missing(job: Job, measurement: Measurement) -> int:

@@ -28,6 +28,10 @@ def bound_against_truth(numbers: Mapping[str, Any]) -> Figure:
         if all(key in layer for layer in layers):
             values = [layer[key] for layer in layers]
             top.plot(places, values, marker=marker, color=PALETTE[number], label=label, linewidth=1.6, markersize=4)
+    if all("local" in entry for layer in layers for entry in layer.get("measured", ())) and numbers.get("local_images"):
+        local = [layer["measured"][0]["local"] for layer in layers]
+        label = f"signed effects, {numbers['local_images']} images"
+        top.plot(places, local, marker="D", color=PALETTE[4], label=label, linewidth=1.6, markersize=4)
     if all(layer.get("measured") for layer in layers):
         seen = [layer["measured"][0]["error"] for layer in layers]
         top.plot(places, seen, marker="o", color=INK, label="largest error seen", linewidth=1.6, markersize=4)
@@ -56,6 +60,11 @@ def _certified(axes: Any, layers: Sequence[Mapping[str, Any]], places: range) ->
         color = PALETTE[number % len(PALETTE)]
         axes.plot(places, sure, color=color, marker="o", markersize=4, linewidth=1.6, label=f"{count} fail: certified")
         axes.plot(places, kept, color=color, linestyle=(0, (1.5, 1.2)), linewidth=1.4, label="least seen")
+        if all(entry is not None and "local_certified" in entry for entry in found):
+            signed = [100 * entry["local_certified"] for entry in found if entry is not None]
+            axes.plot(
+                places, signed, color=color, marker="D", markersize=3, linewidth=0.9, label="signed, first images"
+            )
     axes.set_ylim(-4, 104)
     axes.set_ylabel("answers kept (%)", color=INK)
     if counts:

@@ -28,7 +28,7 @@ CONFIG = {
         "recipe": {"epochs": 2, "batch_size": 64, "lr": 0.05, "alpha_l": 0.0},
         "models": {"perceptron": {"factory": "ftnas.baselines:perceptron"}},
     },
-    "bounds": {"images": 12, "failing": [1, 3], "draws": 3, "bits": [8, 4]},
+    "bounds": {"images": 12, "failing": [1, 3], "draws": 3, "bits": [8, 4], "local_images": 2},
 }
 
 
@@ -70,6 +70,7 @@ def test_what_was_seen_is_below_every_bound(run):
         for entry in layer["measured"]:
             assert entry["error"] <= entry["bound"] * (1 + 1e-9)
             assert entry["certified"] <= entry["kept"] + 1e-9
+            assert 0 < entry["local"] <= entry["bound"] * (1 + 1e-9)
     assert [line["bits"] for line in numbers["bits"]] == [8, 4]
     assert numbers["bits"][0]["images"] < numbers["bits"][1]["images"] <= numbers["bits"][1]["box"]
 
@@ -136,6 +137,7 @@ def test_other_failures(tmp_path, failures):
         ({"shares": 0.5}, "bounds.shares: unknown key; did you mean 'share'?"),
         ({"budget": 0.0}, "bounds.budget"),
         ({"bits": [40]}, "bits"),
+        ({"failures": {"component": "synapse"}}, "local_images are for single neurons"),
     ],
 )
 def test_a_wrong_config_is_one_line(tmp_path, capsys, changes, message):

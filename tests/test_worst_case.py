@@ -11,6 +11,7 @@ import ftnas
 from ftnas.bounds import (
     Failures,
     intervals,
+    local_answers,
     local_errors,
     neuron_costs,
     observed,
@@ -176,8 +177,11 @@ def test_no_attack_is_above_the_local_bound(name, seed, failures):
     summary, x = summarize(model, shape), normal(5, *shape, seed=seed)
     for number, layer in enumerate(summary.layers):
         for count in (1, 2):
-            found = attack(summary, x, [count if number == other else 0 for other in range(2)], failures)
+            counts = [count if number == other else 0 for other in range(2)]
+            found = attack(summary, x, counts, failures)
             bound = local_errors(summary, x, layer, count=count, failures=failures)
+            loose = total(neuron_costs(summary, of_samples(summary, x), failures), counts).view_as(bound)
+            assert (bound <= loose + 1e-9).all()
             assert found.max() > 0
             assert (found <= bound + 1e-9).all()
             if count == 1 and number == 1:  # what follows the last layer is linear
@@ -200,6 +204,22 @@ def test_local_bounds_are_exact_where_nothing_changes_its_sign_or_its_place():
         if failures.kind == "byzantine":  # a crash of 20 moves the maximum
             torch.testing.assert_close(found, bound)
             assert float(loose.amax()) > 1.2 * float(bound.amax())
+
+
+@pytest.mark.parametrize("name", ["skip", "images", "trained"])
+def test_answers_that_are_kept_locally_are_kept(name):
+    model, shape = trained(1) if name == "trained" else make(name, 1)
+    summary, x, kept_at_all = summarize(model, shape), 2.0 * normal(12, *shape), 0
+    before = summary.run(x)
+    answers = before[-1].argmax(1)
+    for number, layer in enumerate(summary.layers):
+        errors, kept = local_answers(summary, x, layer, count=1, failures=Failures())
+        torch.testing.assert_close(errors, local_errors(summary, x, layer, count=1, failures=Failures()))
+        kept_at_all += int(kept.sum())
+        for chosen in subsets(summary, [int(number == other) for other in range(2)]):
+            dead = {node: lambda v, i=i: v.flatten(1).index_fill(1, i, 0.0).view_as(v) for node, i in chosen.items()}
+            assert torch.equal(summary.run(x, dead)[-1].argmax(1)[kept], answers[kept])
+    assert kept_at_all
 
 
 def test_local_bounds_of_channels():

@@ -13,7 +13,7 @@ from ftnas.bounds.certificate import (
 from ftnas.bounds.crashes import Moments, exact, linear, sampled, single
 from ftnas.bounds.cut import INPUT, Cut
 from ftnas.bounds.expected import absolute, norm
-from ftnas.bounds.local import local_errors
+from ftnas.bounds.local import local_answers, local_errors
 from ftnas.bounds.loss import WithLoss, loss_shift
 from ftnas.bounds.margins import Margins, margins
 from ftnas.bounds.precision import Precision, precision
@@ -54,6 +54,7 @@ __all__ = [
     "linear",
     "loss_shift",
     "loss_shift_from_weights",
+    "local_answers",
     "local_errors",
     "margins",
     "neuron_costs",

@@ -3,14 +3,16 @@
 The sum over paths takes every weight by its magnitude and every activation function at its steepest. Here the effect
 of each failing neuron of one layer is followed with its sign. At every value v of a sample the error is
 
-    sum over failing i of t_i A[i, v] + something of at most r[v],      |t_i| <= 1 (t_i = 1 for a crash)
+    sum over failing i of d_i[v],      |d_i[v] - t_i A[i, v]| <= r[i, v],      |t_i| <= 1 (t_i = 1 for a crash)
 
-so that at most f failing neurons move v by at most e[v], the sum of the f largest |A[i, v]|, plus r[v]. (For a crash
-effects of both signs cancel: the larger one of the f largest positive and of the f largest negative ones.) Linear
+so that at most f failing neurons move v by at most e[v], the sum of the f largest |A[i, v]| + r[i, v]. (For a crash
+effects of both signs cancel: the larger one of the f largest A + r above 0 and of the f largest r - A.) Linear
 operations act on A and, by magnitude, on r. An activation function changes an error t, |t| <= e, by s t with a slope s
-between two numbers that follow from the value and e; the middle slope acts on A and r, and half their distance times e
-is added to r. A ReLU whose input cannot change its sign is exact. A maximum that no failure can move elsewhere is
-exact, another one is off by at most the largest e of its window.
+between two numbers that follow from the value and e. It is the same for all d_i of v: with the middle slope m and half
+the distance h, A becomes m A and r becomes m r + h (|A| + r). A ReLU whose input cannot change its sign is exact. So is
+a maximum that no failure can move elsewhere; for another one A becomes 0 and r the largest |A| + r of the window.
+
+Since m + h is at most K, |A| + r is never above the product of magnitudes: the bound is never above the sum over paths.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ftnas.bounds.margins import SLACK
 from ftnas.bounds.ops import Activation, Affine, Box, Constant, MaxPool, Op, Scale
 from ftnas.bounds.summary import Layer, Summary
 from ftnas.bounds.worst import Failures
@@ -33,7 +36,7 @@ class _Form:
 
     Attributes:
         effects: A, float64 [units, ...].
-        rest: r, float64 [1, ...].
+        rest: r, float64 [units, ...].
     """
 
     effects: Tensor
@@ -56,14 +59,49 @@ def local_errors(summary: Summary, inputs: Tensor, layer: Layer, *, count: int, 
     Raises:
         ValueError: Failures of synapses, or of whole channels that are no crashes.
     """
-    if failures.component != "neuron" or (failures.unit == "channel" and failures.kind != "crash"):
-        raise ValueError("local bounds are of single neurons, or of channels that crash")
+    _check(failures)
     values = summary.run(inputs)
     found = [
         _one(summary, [value[b : b + 1] for value in values], layer, count=count, failures=failures)
         for b in range(len(inputs))
     ]
     return torch.cat(found)
+
+
+@torch.no_grad()
+def local_answers(
+    summary: Summary, inputs: Tensor, layer: Layer, *, count: int, failures: Failures
+) -> tuple[Tensor, Tensor]:
+    """Bound the errors of the logits as `local_errors` does, and tell which samples keep their answers.
+
+    Args:
+        summary: Of a classifier, M logits.
+        inputs: The samples, [B, ...].
+        layer: Whose neurons fail.
+        count: How many, from 1.
+        failures: As of `local_errors`.
+
+    Returns:
+        Errors, float64 [B, M], and whether no failure can take the lead away, bool [B].
+    """
+    _check(failures)
+    values = summary.run(inputs)
+    eye = torch.eye(summary.num_outputs, dtype=torch.float64, device=summary.device)
+    errors, kept = [], []
+    for number, logits in enumerate(values[-1]):
+        answer = int(logits.argmax())
+        ahead = (logits[answer] - logits) * (1.0 - SLACK)
+        head = summary.with_head(torch.cat([eye, eye[answer] - eye]))  # the difference to itself is 0
+        own = [value[number : number + 1] for value in values]
+        found = _one(head, own, layer, count=count, failures=failures)
+        errors.append(found[:, : len(eye)])
+        kept.append((found[0, len(eye) :] <= ahead).all())
+    return torch.cat(errors), torch.stack(kept)
+
+
+def _check(failures: Failures) -> None:
+    if failures.component != "neuron" or (failures.unit == "channel" and failures.kind != "crash"):
+        raise ValueError("local bounds are of single neurons, or of channels that crash")
 
 
 def _one(summary: Summary, values: list[Tensor], layer: Layer, *, count: int, failures: Failures) -> Tensor:
@@ -76,15 +114,16 @@ def _one(summary: Summary, values: list[Tensor], layer: Layer, *, count: int, fa
         if node.op is None or all(part is None for part in parts):
             forms.append(None)
             continue
-        none = [torch.zeros_like(values[i]) for i in node.inputs]
-        read = [_Form(zero, zero) if part is None else part for part, zero in zip(parts, none, strict=True)]
+        blank = [torch.zeros_like(values[i]) for i in node.inputs]
+        read = [_Form(zero, zero) if part is None else part for part, zero in zip(parts, blank, strict=True)]
         source = values[node.inputs[0]]
         reach = None
         if isinstance(node.op, (Activation, MaxPool)):
             reach = _reach(read[0], count, failures)
         forms.append(_through(node.op, read, source, reach))
     last = forms[-1]
-    return torch.zeros_like(values[-1]) if last is None else _reach(last, count, failures)
+    none = torch.zeros(1, summary.num_outputs, dtype=torch.float64, device=summary.device)
+    return none if last is None else _reach(last, count, failures)
 
 
 def _start(value: Tensor, layer: Layer, failures: Failures) -> _Form:
@@ -95,17 +134,16 @@ def _start(value: Tensor, layer: Layer, failures: Failures) -> _Form:
         own = torch.eye(shape[0], dtype=value.dtype, device=value.device)[:, :, None, None] * size
     else:
         own = torch.diag(size.flatten()).view(-1, *shape)
-    return _Form(own, torch.zeros_like(value))
+    return _Form(own, torch.zeros_like(own))
 
 
 def _reach(form: _Form, count: int, failures: Failures) -> Tensor:
     """Return e, [1, ...]."""
-    effects = form.effects
-    most = min(count, len(effects))
+    most = min(count, len(form.effects))
     if failures.kind == "crash":
-        up, down = (_largest(part.clamp_min(0.0), most) for part in (effects, -effects))
-        return torch.maximum(up, down) + form.rest
-    return _largest(effects.abs(), most) + form.rest
+        up, down = (_largest((part + form.rest).clamp_min(0.0), most) for part in (form.effects, -form.effects))
+        return torch.maximum(up, down)
+    return _largest(form.effects.abs() + form.rest, most)
 
 
 def _largest(effects: Tensor, count: int) -> Tensor:
@@ -123,14 +161,15 @@ def _through(op: Op, read: list[_Form], source: Tensor, reach: Tensor | None) ->
         assert reach is not None
         low, high = _slopes(op, source, reach)
         middle, half = (low + high) / 2, (high - low) / 2
-        return _Form(read[0].effects * middle, read[0].rest * middle + half * reach)
+        effects, rest = read[0].effects, read[0].rest
+        return _Form(effects * middle, rest * middle + (effects.abs() + rest) * half)
     if isinstance(op, MaxPool):
         assert reach is not None
         return _maximum(op, read[0], source, reach)
     assert not isinstance(op, Constant)
     units = max(len(form.effects) for form in read)
-    wide = [form.effects.expand(units, *form.effects.shape[1:]) for form in read]
-    return _Form(op.run(*wide), op.run(*(form.rest for form in read)))
+    wide = [[part.expand(units, *part.shape[1:]) for part in (form.effects, form.rest)] for form in read]
+    return _Form(*(op.run(*parts) for parts in zip(*wide, strict=True)))
 
 
 def _slopes(op: Activation, value: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,10 +193,10 @@ def _maximum(op: MaxPool, form: _Form, value: Tensor, reach: Tensor) -> _Form:
     if others is None:
         others = torch.full_like(lowest, math.inf)
     sure = lowest >= others.view_as(lowest)
-    taken = form.effects.flatten(2).gather(2, flat.expand(len(form.effects), -1, -1)).unflatten(2, places)
-    rest = form.rest.flatten(2).gather(2, flat).unflatten(2, places)
-    worst = op.run(reach)
-    return _Form(torch.where(sure, taken, 0.0), torch.where(sure, rest, worst))
+    index = flat.expand(len(form.effects), -1, -1)
+    effects, rest = (part.flatten(2).gather(2, index).unflatten(2, places) for part in (form.effects, form.rest))
+    worst = op.run(form.effects.abs() + form.rest)
+    return _Form(torch.where(sure, effects, 0.0), torch.where(sure, rest, worst))
 
 
 def _second(op: MaxPool, high: Tensor, chosen: Tensor) -> Tensor | None:

@@ -30,8 +30,12 @@ def bound_against_truth(numbers: Mapping[str, Any]) -> Figure:
             top.plot(places, values, marker=marker, color=PALETTE[number], label=label, linewidth=1.6, markersize=4)
     if all("local" in entry for layer in layers for entry in layer.get("measured", ())) and numbers.get("local_images"):
         local = [layer["measured"][0]["local"] for layer in layers]
-        label = f"signed effects, {numbers['local_images']} images"
-        top.plot(places, local, marker="D", color=PALETTE[4], label=label, linewidth=1.6, markersize=4)
+        seen = [layer["measured"][0]["error_first"] for layer in layers]
+        few = f"first {numbers['local_images']}"
+        top.plot(
+            places, local, marker="D", color=PALETTE[4], label=f"signed effects, {few}", linewidth=1.6, markersize=4
+        )
+        top.plot(places, seen, color=PALETTE[4], label=f"largest error seen, {few}", linestyle=(0, (1.5, 1.2)))
     if all(layer.get("measured") for layer in layers):
         seen = [layer["measured"][0]["error"] for layer in layers]
         top.plot(places, seen, marker="o", color=INK, label="largest error seen", linewidth=1.6, markersize=4)
@@ -66,6 +70,7 @@ def _certified(axes: Any, layers: Sequence[Mapping[str, Any]], places: range) ->
                 places, signed, color=color, marker="D", markersize=3, linewidth=0.9, label="signed, first images"
             )
     axes.set_ylim(-4, 104)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("answers kept (%)", color=INK)
     if counts:
         axes.legend(frameon=False, fontsize=7.5, ncols=len(counts), labelcolor=INK)

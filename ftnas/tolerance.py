@@ -193,7 +193,7 @@ def _layers(
                     "failing": count,
                     "bound": float(own.at(torch.tensor([count], device=own.sums.device)).amax()),
                     "certified": float((tolerated >= count).double().mean()),
-                    **attack.run(layer, count, draws=config.draws, generator=draws),
+                    **attack.run(layer, count, draws=config.draws, generator=draws, first=config.local_images),
                     **_local(summary, inputs, layer, count, config),
                 }
                 for count in config.failing
@@ -272,21 +272,12 @@ def _synapse_table(layers: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _layer_table(layers: Sequence[dict[str, Any]]) -> list[str]:
-    names = (
-        "layer",
-        "neurons",
-        "Fep",
-        "any image",
-        "these images",
-        "seen",
-        "tolerated, any image",
-        "images that bear 1",
-    )
-    lines = _head(*names)
+    head = ("layer", "neurons", "Fep", "any image", "these images", "seen", "signed, first images", "seen there")
+    lines = _head(*head, "tolerated", "images that bear 1")
     for x in layers:
         one: dict[str, Any] = next((entry for entry in x["measured"] if entry["failing"] == 1), {})
-        local, seen = (f"{one[key]:.3g}" if key in one else "-" for key in ("local", "error"))
+        seen = " | ".join(f"{one[key]:.3g}" if key in one else "-" for key in ("error", "local", "error_first"))
         bounds = " | ".join(f"{x[key]:.3g}" for key in ("fep", "paths", "on_images"))
         share = f"{100 * x['images_that_tolerate_one']:.0f}%"
-        lines.append(f"| {x['name']} | {x['components']} | {bounds} | {local} | {seen} | {x['alone']} | {share} |")
+        lines.append(f"| {x['name']} | {x['components']} | {bounds} | {seen} | {x['alone']} | {share} |")
     return lines

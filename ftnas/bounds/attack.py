@@ -32,7 +32,9 @@ class Attack:
         self.gains = dict(zip(nodes, (gain.amax(dim=0) for gain in gains(summary, nodes)), strict=True))
 
     @torch.no_grad()
-    def run(self, layer: Layer, count: int, *, draws: int, generator: torch.Generator) -> dict[str, float]:
+    def run(
+        self, layer: Layer, count: int, *, draws: int, generator: torch.Generator, first: int = 0
+    ) -> dict[str, float]:
         """Return the largest ``error`` of an output and the smallest ``kept`` share of answers over the attacks.
 
         Args:
@@ -40,20 +42,23 @@ class Attack:
             count: How many.
             draws: Random choices, the same for all samples.
             generator: Draws them, on the CPU.
+            first: Of so many samples alone, the largest error is given too, as ``error_first``.
         """
         units = self._units(layer)
         device = self.values[0].device
         random = (torch.randperm(units, generator=generator)[:count] for _ in range(draws))
         chosen = [drawn.to(device).expand(len(self.answers), -1) for drawn in random]
         chosen.append(self._worst(layer, count))
-        error, kept = 0.0, 1.0
+        error = torch.zeros(len(self.answers), dtype=torch.float64, device=device)
+        kept = 1.0
         for failing in chosen:
             for sign in (1.0,) if self.failures.kind == "crash" else (1.0, -1.0):
                 change = partial(self._fail, failing=failing, layer=layer, sign=sign)
                 outputs = self.summary.run(self.inputs, {layer.node: change})[-1]
-                error = max(error, float((outputs - self.values[-1]).abs().amax()))
+                error = torch.maximum(error, (outputs - self.values[-1]).abs().amax(dim=1))
                 kept = min(kept, float((outputs.argmax(dim=1) == self.answers).double().mean()))
-        return {"error": error, "kept": kept}
+        found = {"error": float(error.amax()), "kept": kept}
+        return found if first == 0 else {**found, "error_first": float(error[:first].amax())}
 
     def _units(self, layer: Layer) -> int:
         whole = self.failures.unit == "channel" and len(layer.shape) == 3

@@ -32,7 +32,7 @@ def dot_rows(
     longest = max(len(name) for name in rows)
     height = _ROW * len(rows)
     left = 0.25 + 0.075 * min(longest, 40)
-    figure = Figure(figsize=(left + 6.0, height + 1.35), facecolor=PAPER)
+    figure = Figure(figsize=(left + 6.0, height + 1.2), facecolor=PAPER)
     width, total = figure.get_size_inches()
     axes = figure.add_axes((left / width, 0.5 / total, 5.75 / width, height / total))
     for index, (name, intervals) in enumerate(rows.items()):
@@ -50,6 +50,7 @@ def dot_rows(
             axes.plot([100 * interval.mean], [y], marker, color=color, markersize=5.5, label=label, linestyle="")
     if chance is not None:
         axes.axvline(100 * chance, color=MUTED, linewidth=1.2, linestyle=(0, (1, 2)))
+    axes.set_xlim(right=min(axes.get_xlim()[1], 101.5))  # an interval may end above what an accuracy can be
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(range(len(rows)), [drawable(name) for name in rows])
     axes.set_xlabel("accuracy (%)", color=INK)
@@ -57,7 +58,7 @@ def dot_rows(
     bare(axes)
     axes.tick_params(axis="y", length=0)
     figure.legend(
-        *axes.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(left / width - 0.015, 1 - 0.3 / total),
+        *axes.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(left / width - 0.015, 1 - 0.34 / total),
         ncols=len(conditions), frameon=False, fontsize=9, labelcolor=INK, handletextpad=0.1, columnspacing=1.2,
     )  # fmt: skip
     at = (0.12 / width, 1 - 0.12 / total)

@@ -1,5 +1,6 @@
 """Studies of split networks: training with failout, records, table, the command line."""
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -7,7 +8,7 @@ from click.testing import CliRunner
 
 from ftnas.cli import cli
 from ftnas.data import load
-from ftnas.nodes import Failout
+from ftnas.nodes import Failout, patterns
 from ftnas.nodes.fitting import Fit, build, split, train_all, trained
 from ftnas.nodes.measuring import evaluate_all, table
 from ftnas.nodes.study import FOLDER, NodesConfig, Variant, open_study, read_nodes_config
@@ -84,6 +85,26 @@ def test_vanilla_guesses_and_the_average_is_the_weighted_sum(tmp_path):
     assert all(value == 0.1 for down, value in vanilla.items() if down)
     expected = 100 * (0.9 * 0.95 * vanilla[()] + (1 - 0.9 * 0.95) * 0.1)
     assert f"| vanilla | {100 * vanilla[()]:.2f} | {expected:.2f} |" in text
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    variants = {name: {"mode": "dfg"} for name in ("one", "other")}
+    config = read_nodes_config(write(tmp_path / "c.yaml", variants=variants, compare="other", seeds=3))
+    accuracy = {"one": [0.9, 0.8, 0.6], "other": [0.8, 0.6, 0.5]}
+    records = [
+        {"variant": name, "seed": seed, "down": list(down), "accuracy": value - 0.1 * len(down), "informed": True}
+        for name, values in accuracy.items()
+        for seed, value in enumerate(values)
+        for down in patterns(config.partition)
+    ]
+    # the differences are 0.1, 0.2 and 0.1 in every pattern, so in every setting: t of 2 degrees of freedom is 4.303
+    mean, half = 100 * 0.4 / 3, 100 * 4.302653 * np.std([0.1, 0.2, 0.1], ddof=1) / np.sqrt(3)
+    row = f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+    assert f"| points above other | no failure | normal |\n|---|---|---|\n| one | {row} | {row} |" in table(
+        config, records
+    )
+    with pytest.raises(ValueError, match="did you mean 'other'"):
+        read_nodes_config(tmp_path / "c.yaml", ["compare=others"])
 
 
 def test_batches_without_information_change_nothing(tmp_path):

@@ -12,7 +12,7 @@ from ftnas.nodes.study import NO_FAILURE, NodesConfig
 from ftnas.plots import save
 from ftnas.progress import track
 from ftnas.rundir import Folder
-from ftnas.stats import Interval, seed_interval
+from ftnas.stats import Interval, paired_difference, seed_interval
 
 RECORDS = "records.jsonl"
 
@@ -57,11 +57,34 @@ def averages(config: NodesConfig, records: list[dict[str, Any]]) -> dict[str, li
     }
 
 
+def differences(config: NodesConfig, records: list[dict[str, Any]], *, against: str) -> dict[str, list[Interval]]:
+    """Return, by other variant, its average accuracy less that of ``against``, paired by seed, in each setting."""
+    other = _by_seed(records, against)
+    found: dict[str, list[Interval]] = {}
+    for name in config.variants:
+        if name == against:
+            continue
+        own = _by_seed(records, name)
+        found[name] = [
+            paired_difference([_mean(seed, rates) for seed in own], [_mean(seed, rates) for seed in other])
+            for rates in config.rates.values()
+        ]
+    return found
+
+
 def table(config: NodesConfig, records: list[dict[str, Any]]) -> str:
-    """Return Markdown: average accuracy per failure setting, then accuracy per pattern, in percent, 95% over seeds."""
+    """Return Markdown: average accuracy per failure setting, then accuracy per pattern, in percent, 95% over seeds.
+
+    With ``compare`` in the config, differences to that variant in between.
+    """
     lines = _head("variant", _shown(config))
     for name, intervals in averages(config, records).items():
         lines.append(f"| {name} | {' | '.join(map(_cell, intervals))} |")
+    if config.compare is not None:
+        lines += ["", *_head(f"points above {config.compare}", _shown(config))]
+        for name, intervals in differences(config, records, against=config.compare).items():
+            cells = [f"{100 * d.mean:+.2f} ({100 * d.low:+.2f} to {100 * d.high:+.2f})" for d in intervals]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", *_head("down", config.variants)]
     for down in _downs(records):
         cells = []

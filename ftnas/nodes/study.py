@@ -157,6 +157,7 @@ class NodesConfig(Settings):
         lr: Of Adam.
         test_images: Evaluate on this many test images, stratified, always the same ones. None: all.
         selection: Which epoch is kept; None for the last.
+        compare: The variant that a table holds the others against, seed by seed; None for no such table.
         live: Of ``ftnas nodes run``.
         search: Of ``ftnas nodes search``.
     """
@@ -176,6 +177,7 @@ class NodesConfig(Settings):
     lr: Positive = 0.001
     selection: Selection | None = None
     test_images: Count | None = None
+    compare: str | None = None
     live: LiveConfig = LiveConfig()
     search: SkipSearch | None = None
 
@@ -204,6 +206,9 @@ class NodesConfig(Settings):
             self._check_variant(name, variant)
         for where in ("kill", "hang"):
             self.partition.check_names(getattr(self.live, where), where=f"live.{where}")
+        if self.compare is not None and (self.compare not in self.variants or self.seeds < 2):
+            known = did_you_mean(self.compare, self.variants)
+            raise ValueError(f"compare: a variant, and two seeds or more; got {self.compare!r}, {self.seeds}; {known}")
         if self.live.variant is not None and self.live.variant not in self.variants:
             raise ValueError(
                 f"live.variant: no variant {self.live.variant!r}; {did_you_mean(self.live.variant, self.variants)}"
@@ -255,7 +260,7 @@ def read_nodes_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -
 def open_study(
     name_or_path: str | Path, out: Path | None = None, *, overrides: Sequence[str] = ()
 ) -> tuple[NodesConfig, RunDir]:
-    """Read a config and open its run folder, made when missing; the section ``live`` may differ from the folder's.
+    """Read a config and open its run folder, made when missing; ``live`` and ``compare`` may differ from the folder's.
 
     A folder of another config in which nothing is trained yet is replaced.
 
@@ -269,7 +274,7 @@ def open_study(
         return config, RunDir.create(folder, plain)
     run = RunDir.open(folder)
     for key in plain.keys() | run.config.keys():
-        if key != "live" and run.config.get(key) != plain.get(key):
+        if key not in ("live", "compare") and run.config.get(key) != plain.get(key):
             run.close()
             if not any(folder.rglob("*.pt")):
                 return config, RunDir.create(folder, plain, overwrite=True)

@@ -244,12 +244,13 @@ def missing(job: Job, measurement: Measurement) -> int:
 
 
 def cost(folder: Path) -> dict[str, Any]:
-    """Return what a run folder took: ``cpu_s`` and ``wall_s`` over all its processes, and the ``machine``."""
+    """Return what a run folder took, ``cpu_s`` and ``wall_s`` over all its processes, its ``machines`` and ``commit``."""
     path = folder / "events.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     spent = [line for line in lines if line["kind"] == "spent"]
     total = {name: round(sum(line[name] for line in spent), 1) for name in ("cpu_s", "wall_s")}
-    return {**total, "machines": sorted({line["machine"] for line in spent})}
+    info = json.loads((folder / "run.json").read_text(encoding="utf-8")) if spent else {}
+    return {**total, "machines": sorted({line["machine"] for line in spent}), "commit": info.get("commit")}
 
 
 @contextmanager

@@ -304,6 +304,7 @@ def _runs(outcome: Outcome) -> list[dict[str, Any]]:
                     "measurements": {found.sweep.label: job.measure_key(found) for found in entry.measurements},
                     "train_cpu_s": spent["cpu_s"],
                     "train_wall_s": spent["wall_s"],
+                    "commit": spent["commit"],
                     "accuracy": accuracy,
                 }
             )

@@ -244,7 +244,7 @@ def missing(job: Job, measurement: Measurement) -> int:
 
 
 def cost(folder: Path) -> dict[str, Any]:
-    """Return what a run folder took, ``cpu_s`` and ``wall_s`` over all its processes, its ``machines`` and ``commit``."""
+    """Return ``cpu_s`` and ``wall_s`` of all processes that worked at a run folder, its ``machines`` and ``commit``."""
     path = folder / "events.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     spent = [line for line in lines if line["kind"] == "spent"]

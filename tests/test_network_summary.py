@@ -96,7 +96,11 @@ NETS = {
 }
 
 
-@pytest.mark.parametrize("net", NETS)
+LARGE = ("resnet18", "vgg16", "mobilenet_v1")
+SOME = [pytest.param(net, marks=pytest.mark.slow) if net in LARGE else net for net in NETS]
+
+
+@pytest.mark.parametrize("net", SOME)
 def test_a_summary_gives_the_same_outputs_and_leaves_the_model_alone(net):
     make, shape = NETS[net]
     model = make()
@@ -113,7 +117,7 @@ def test_a_summary_gives_the_same_outputs_and_leaves_the_model_alone(net):
     torch.testing.assert_close(unfolded.run(x)[-1], wanted, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", SOME)
 def test_intervals_hold_every_value(net):
     """40 inputs of the box, half of them corners, stay in every node's interval."""
     make, shape = NETS[net]

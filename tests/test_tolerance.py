@@ -110,7 +110,7 @@ def test_finished_numbers_are_kept(run, capsys):
 @pytest.mark.parametrize(
     "failures",
     [
-        {"kind": "byzantine", "capacity": 0.5},
+        pytest.param({"kind": "byzantine", "capacity": 0.5}, marks=pytest.mark.slow),
         {"kind": "byzantine", "capacity": 2.0, "capacity_of": "transmitted"},
         {"component": "synapse"},
     ],
@@ -118,7 +118,7 @@ def test_finished_numbers_are_kept(run, capsys):
 def test_other_failures(tmp_path, failures):
     with isolated(0, "net"):
         model = baselines.create("resnet20", width=0.25, image_size=8, in_channels=1).eval()
-    images = load(read_config("tolerance").data, "test").subset(torch.arange(3))
+    images = load(read_config("tolerance").data, "test").subset(torch.arange(2))
     config = ToleranceConfig(failures=Failures(**failures), bits=(8,), failing=(1,), draws=2)
     subject = Subject("net", 0, "none", count(model, images.shape), lambda: model)
     folder = Folder(tmp_path)

@@ -145,7 +145,11 @@ FAILURES = {
 @pytest.mark.parametrize("failures", FAILURES)
 @pytest.mark.parametrize(
     ("name", "seed"),
-    [(name, seed) for name in (*ACTIVATIONS, "skip", "images", "trained") for seed in range(2)],
+    [
+        pytest.param(name, seed, marks=[pytest.mark.slow] if seed else [])
+        for name in (*ACTIVATIONS, "skip", "images", "trained")
+        for seed in range(2)
+    ],
 )
 def test_no_attack_is_above_the_bound(name, seed, failures):
     """All subsets and corners: over a box of inputs, and for each sample with its own values."""
@@ -169,7 +173,7 @@ def test_no_attack_is_above_the_bound(name, seed, failures):
 
 @pytest.mark.parametrize("failures", FAILURES)
 @pytest.mark.parametrize("name", [*ACTIVATIONS, "skip", "images", "trained"])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_no_attack_is_above_the_local_bound(name, seed, failures):
     """Signed effects, slopes and maxima: all subsets and corners, of one layer at a time."""
     failures = FAILURES[failures]

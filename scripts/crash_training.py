@@ -42,7 +42,7 @@ CUTS = ("features.1", "features.4", "features.7")
 def arm(path: Path, images: Tensor) -> dict[str, Any]:
     """Return what a run measured, by training seed."""
     records = read_comparison(path / "records.jsonl")
-    fault, model = records.faults[0], records.models[0].name
+    fault, model = next(iter(records.faults)), records.models[0].name
     rates = [0.0, *records.rates[fault]]
     accuracy = []
     for rate in rates:

@@ -215,7 +215,7 @@ def open_pool(config: PoolConfig, *, events: Events) -> Pool:
     return RayPool(config, events=events)
 
 
-def start_ray(address: str | None, *, cpus: int) -> Callable[[], None]:
+def start_ray(address: str | None, *, cpus: int, without: str = "pool.workers=0 does without") -> Callable[[], None]:
     """Start Ray on this machine alone, or join the cluster that is named; return what ends it again.
 
     Where this process is part of a running Ray already, nothing is started, and nothing ended.
@@ -223,6 +223,7 @@ def start_ray(address: str | None, *, cpus: int) -> Callable[[], None]:
     Args:
         address: Of a cluster; None starts Ray here.
         cpus: How many CPUs Ray may hand out when it is started here.
+        without: The advice when Ray does not start.
 
     Raises:
         ValueError: One line: the cluster at the address cannot be joined.
@@ -270,7 +271,7 @@ def start_ray(address: str | None, *, cpus: int) -> Callable[[], None]:
         reason = " ".join(str(error).split())
         if address is not None:
             raise ValueError(f"pool.address={address} cannot be joined: {reason}; check it, or remove it") from None
-        raise RuntimeError(f"Ray did not start: {reason}; pool.workers=0 does without") from None
+        raise RuntimeError(f"Ray did not start: {reason}; {without}") from None
     return stop
 
 

@@ -90,7 +90,7 @@ class LiveNetwork:
 
     def __enter__(self) -> LiveNetwork:
         network = self.network
-        self._stop = start_ray(None, cpus=len(network.order))
+        self._stop = start_ray(None, cpus=len(network.order), without="try again when the machine is less busy")
         import ray  # costs a second, and only a live network needs it
 
         try:

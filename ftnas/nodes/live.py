@@ -20,6 +20,7 @@ from ftnas.workers import start_ray
 
 THIRDS = 3
 """Parts of the time limit: until a silence is noticed, until each node was asked, until the second answer."""
+START_LIMIT_S = 240.0
 PATIENCE = 100
 """How often nodes that live may keep an answer back, before that is an error."""
 
@@ -102,11 +103,24 @@ class LiveNetwork:
                 self._links[name] = [network.links[index] for index in mine]
                 matches = [network.matches[index] for index in mine]
                 self._hosts[name] = remote.remote(module, matches, [network.weights[index] for index in mine])
-            self.pids = {name: ray.get(host.pid.remote(), timeout=60) for name, host in self._hosts.items()}
+            self.pids = self._wait_for_processes()
         except BaseException:
             self._stop()
             raise
         return self
+
+    def _wait_for_processes(self) -> dict[str, int]:
+        import ray
+
+        calls = {name: host.pid.remote() for name, host in self._hosts.items()}
+        try:
+            return dict(zip(calls, ray.get(list(calls.values()), timeout=START_LIMIT_S), strict=True))
+        except ray.exceptions.RayError as error:
+            reason = " ".join(str(error).split())
+            raise RuntimeError(
+                f"the processes of the nodes did not start within {START_LIMIT_S:g} s: {reason}; try again when the "
+                "machine is less busy"
+            ) from None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -134,7 +134,7 @@ def study(paths: Sequence[Path], num_images: int) -> dict[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, one an arm")
-    parser.add_argument("--images", type=int, default=200, help="test images for b3 and b4 (default: 200)")
+    parser.add_argument("--images", type=int, default=40, help="test images for b3 and b4 (default: 40)")
     parser.add_argument("--out", type=Path, default=Path("runs/bounds-study"), help="folder (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ftnas import rng
 from ftnas.cli import cli
-from ftnas.faults import MiBB, NodeDown, create_fault, inject
+from ftnas.faults import MiBB, NodeDown, Site, create_fault, inject
 from ftnas.faults.hardware import Hardware
 from ftnas.quantize import FixedPoint
 from ftnas.space import Genotype, build_network, load_space
@@ -77,6 +77,28 @@ def test_nodes_fail_each_on_its_own_at_the_rate_and_a_seed_repeats_it(model):
     assert draws(1, 50)[0] == seen[:50] != draws(2, 50)[0]
     hard, record = draws(3, 20, errors="hard")
     assert len({value for _, value in hard}) == 1 and record.sites == 2
+
+
+@torch.no_grad()
+def test_a_draw_that_is_met_again_counts_once(model):
+    fault = down(0.2)
+    seed = next(  # one whose first two draws leave every node up
+        seed
+        for seed in range(100)
+        if not any(
+            len(fault.sample(site, generator=rng.generator(seed, "node_down", 0, draw, node)).sites)
+            for draw in (0, 1)
+            for node in ("a", "b")
+            for site in [Site(node, (1,), 0, None)]
+        )
+    )
+    with inject(model, fault, seed=seed) as injection:
+        for _ in range(
+            60
+        ):  # as candidates of a search, which share their draws: 48 hits were expected, if these were new
+            for injection.draw in (0, 1):
+                model(IMAGES)
+    assert (injection.record.sites, injection.record.hits) == (4, 0)
 
 
 def test_no_gradient_passes_a_dead_node(model):

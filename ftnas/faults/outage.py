@@ -108,6 +108,7 @@ class Outages:
         self._faults, self._seed, self._hard = faults, seed, hard
         self._hosted = {number: fault.hosted(model) for number, fault in faults.items()}
         self._drawn: dict[tuple[int, str], tuple[int | str, Plan]] = {}
+        self._counted: set[tuple[int, str, int | str]] = set()
 
     def __bool__(self) -> bool:
         return bool(self._faults)
@@ -148,7 +149,9 @@ class Outages:
                 stream = generator(self._seed, fault.name, number, when, node)
                 plan = fault.sample(Site(node, (1,), macs=0, bits=None), generator=stream)
                 self._drawn[number, node] = when, plan
-                count(number, node, plan)
+                if (number, node, when) not in self._counted:  # a draw that candidates share is one draw
+                    self._counted.add((number, node, when))
+                    count(number, node, plan)
             return torch.zeros_like(output) if len(plan.sites) else None
 
         return hook

@@ -44,6 +44,7 @@ def claim(better, worse, **more):
 
 def write_lines(path, accuracies):
     """Write records of accuracies {model: {rate: [seed, device]}}, without images."""
+    accuracies = complete(accuracies)
     template = make_records(seeds=1, devices=1, names=("a",), images=40)[0]
     lines = []
     for model, rates in accuracies.items():
@@ -55,6 +56,11 @@ def write_lines(path, accuracies):
                     lines.append(line)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return read_comparison(path)
+
+
+def complete(accuracies):
+    """Add what is measured without faults."""
+    return {name: {0.0: [[0.9]] * len(next(iter(rates.values()))), **rates} for name, rates in accuracies.items()}
 
 
 def made(base, *, seeds=3, devices=4, spread=0.01):
@@ -109,6 +115,17 @@ def test_loss_compares_what_faults_take_away(tmp_path):
     results = check(study, comparison, scale="full", published={})
     assert [result.verdict for result in results] == ["holds", "holds"]
     assert results[1].pairs[0].interval.mean == pytest.approx(0.25)
+
+
+def test_rows_that_are_not_measured_to_the_end_are_compared_on_the_devices_of_both(tmp_path):
+    clean = {0.0: made(0.9, devices=1, seeds=1)}
+    accuracies = {
+        "a": {**clean, 1e-4: made(0.6, devices=6, seeds=1)},
+        "b": {**clean, 1e-4: made(0.4, devices=3, seeds=1)},
+    }
+    comparison = write_lines(tmp_path / "records.jsonl", accuracies)
+    pair = check(study_of("ab", [claim("a", "b")], rates=(1e-4,)), comparison, scale="full", published={})[0].pairs[0]
+    assert pair.interval.num == 3 and pair.interval.mean == pytest.approx(0.2)
 
 
 def test_rates_of_the_small_scale_are_multiples_of_the_published_ones(tmp_path):

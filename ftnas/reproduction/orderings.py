@@ -74,7 +74,8 @@ def check(study: Study, comparison: Comparison, *, scale: str, published: Mappin
         table = published[sweep.published] if sweep.published is not None else None
         pairs = []
         for better, worse in ordering.pairs:
-            first, second = (_scores(comparison, ordering, sweep, scale, name) for name in (better, worse))
+            rates = rates_at(sweep, scale, ordering.rates if ordering.rates is not None else sweep.rates)
+            first, second = _scores(comparison, ordering, sweep, rates, (better, worse))
             sides = [_published(table, references[name], ordering, sweep) for name in (better, worse)]
             gap = None if sides[0] is None or sides[1] is None else sides[0] - sides[1]
             pairs.append(_pair(better, worse, first, second, same=ordering.measure == "same", published=gap))
@@ -82,14 +83,24 @@ def check(study: Study, comparison: Comparison, *, scale: str, published: Mappin
     return results
 
 
-def _scores(comparison: Comparison, ordering: Ordering, sweep: StudySweep, scale: str, name: str) -> np.ndarray | None:
-    """Return what is compared, more is better: float64 [seed, device] or [seed, device, image]; None if not there."""
-    rates = rates_at(sweep, scale, ordering.rates if ordering.rates is not None else sweep.rates)
-    found = comparison.values(sweep.label, name, rates)
-    if found is None or ordering.measure != "loss":
-        return None if found is None else found[0]
-    clean = comparison.values(sweep.label, name, [0.0])
-    return None if clean is None else found[0] - clean[0]  # one device without faults, and many with
+def _scores(
+    comparison: Comparison, ordering: Ordering, sweep: StudySweep, rates: Sequence[float], names: tuple[str, str]
+) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+    """Return what is compared of both rows, more is better, on the devices that both have; None if not there.
+
+    Each is float64 [seed, device] or [seed, device, image].
+    """
+    found = [comparison.values(sweep.label, name, rates) for name in names]
+    common = set.intersection(*(set(values[1]) if values is not None else set() for values in found))
+    sides = []
+    for name in names:
+        values = comparison.values(sweep.label, name, rates, devices=common) if common else None
+        clean = comparison.values(sweep.label, name, [0.0])
+        if values is None or clean is None:
+            return None, None
+        # one device without faults, and many with
+        sides.append(values[0] - clean[0] if ordering.measure == "loss" else values[0])
+    return sides[0], sides[1]
 
 
 def _published(

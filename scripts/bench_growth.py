@@ -41,8 +41,8 @@ class Size:
     images: int
 
 
-FITTED = (Size(8, 5, 16, 16), Size(16, 5, 16, 16), Size(8, 8, 16, 16), Size(8, 5, 32, 8), Size(20, 5, 16, 32))
-CHECKED = (Size(12, 5, 24, 16), Size(16, 8, 16, 32), Size(20, 8, 32, 16))
+FITTED = (Size(4, 5, 16, 16), Size(8, 5, 16, 16), Size(4, 8, 16, 16), Size(4, 5, 32, 8), Size(10, 5, 16, 32))
+CHECKED = (Size(6, 5, 24, 16), Size(8, 8, 16, 32), Size(12, 8, 32, 16))
 STEPS = ("plain", "train", "evaluation", "controller")
 
 

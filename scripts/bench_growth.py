@@ -1,9 +1,9 @@
 """How the cost of fault-tolerant steps grows with channels, cells, pixels and images: a formula, fitted and checked.
 
-The time of a step on N images is taken as N (a M + b V): M are the multiply-accumulates of one forward of one image, V
-the values that its layers write. a and b are fitted for each kind of step to some sizes (least squares of the relative
-error), and the prediction is compared with what other sizes take. One thread, CPU time, the shortest of several
-repeats, all sizes in turn, the same genotypes at every size.
+The time of a step on N images through K cells is taken as c K + N (a M + b V): M are the multiply-accumulates of one
+forward of one image, V the values that its layers write. a, b and c are fitted for each kind of step to some sizes
+(least squares of the relative error), and the prediction is compared with what other sizes take. One thread,
+CPU time, the shortest of several repeats, the same genotypes at every size.
 
     python scripts/bench_growth.py --json growth.json
 """
@@ -90,16 +90,23 @@ def measured(fault: str, sizes: list[Size], *, genotypes: int, repeats: int) -> 
     return rows
 
 
-def fit(rows: list[dict[str, Any]], name: str) -> tuple[float, float]:
-    """Return seconds per multiply-accumulate and per value, neither below 0, by least squares of relative errors."""
-    per_image = np.array([row["seconds"][name] / row["size"].images for row in rows])
-    terms = np.array([[row["macs"], row["values"]] for row in rows]) / per_image[:, None]
-    a, b = np.linalg.lstsq(terms, np.ones(len(rows)), rcond=None)[0]
-    if min(a, b) < 0:
-        only = 0 if b < 0 else 1
-        one = float(terms[:, only].sum() / (terms[:, only] ** 2).sum())
-        a, b = (one, 0.0) if only == 0 else (0.0, one)
-    return float(a), float(b)
+def terms(row: dict[str, Any]) -> np.ndarray:
+    """Return cells, multiply-accumulates and values of a step at the size of a row, float [3]."""
+    size = row["size"]
+    return np.array([size.cells, size.images * row["macs"], size.images * row["values"]])
+
+
+def fit(rows: list[dict[str, Any]], name: str) -> np.ndarray:
+    """Return seconds per cell, multiply-accumulate and value, none below 0, by least squares of relative errors."""
+    shares = np.array([terms(row) / row["seconds"][name] for row in rows])
+    kept = [0, 1, 2]
+    while True:  # the term that would be furthest below 0 is left out, one after the other
+        found = np.zeros(3)
+        scale = shares[:, kept].max(axis=0)
+        found[kept] = np.linalg.lstsq(shares[:, kept] / scale, np.ones(len(rows)), rcond=None)[0] / scale
+        if found.min() >= 0:
+            return found
+        kept.remove(int(np.argmin(found * shares.max(axis=0))))
 
 
 def main() -> None:
@@ -115,16 +122,18 @@ def main() -> None:
     found: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine(), "fault": options.fault}
     found["rows"] = [{**row, "size": vars(row["size"])} for row in rows]
     for name in STEPS:
-        a, b = fit(rows[: len(FITTED)], name)
+        factors = fit(rows[: len(FITTED)], name)
         checks = []
         for row in rows:
             size, seconds, checked = row["size"], row["seconds"][name], row["size"] in CHECKED
-            predicted = size.images * (a * row["macs"] + b * row["values"])
+            predicted = float(terms(row) @ factors)
             checks.append({"seconds": seconds, "predicted": predicted, "checked": checked})
             head = f"{name:<11} {'checked' if checked else 'fitted':<8} {size!s:<58}"
             print(f"{head} {seconds:8.3f} s  predicted {predicted:8.3f} s ({predicted / seconds - 1:+.0%})")
-        found[name] = {"seconds_per_mac": a, "seconds_per_value": b, "sizes": checks}
-        print(f"{name:<11} N ({a * 1e9:.4f} ns M + {b * 1e9:.3f} ns V)")
+        per_cell, per_mac, per_value = (float(factor) for factor in factors)
+        found[name] = {"seconds_per_cell": per_cell, "seconds_per_mac": per_mac, "seconds_per_value": per_value}
+        found[name]["sizes"] = checks
+        print(f"{name:<11} {per_cell:.4f} s K + N ({per_mac * 1e9:.4f} ns M + {per_value * 1e9:.3f} ns V)")
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
 

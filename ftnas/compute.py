@@ -1,12 +1,15 @@
-"""How a training step computes: memory format and number format of convolutions."""
+"""How a training step computes: memory format and number format of convolutions, kernels of the rounding."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ftnas import quantize
 from ftnas.quantize import Quantization
 from ftnas.settings import Settings
 
@@ -21,10 +24,12 @@ class Compute(Settings):
     Attributes:
         channels_last: Hold maps and kernels with the channels innermost.
         autocast: ``bf16`` computes convolutions and Linear layers in bfloat16; None in float32.
+        fused_rounding: Round by kernels that torch.compile fuses, to the same values. For GPUs; a CPU is slower with it.
     """
 
     channels_last: bool = False
     autocast: Literal["bf16"] | None = None
+    fused_rounding: bool = False
 
     def prepare(self, model: nn.Module) -> None:
         """Put a model's kernels into the memory format; the parameters stay the same objects."""
@@ -35,9 +40,12 @@ class Compute(Settings):
         """Return float images [B, C, H, W] in the memory format."""
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
-    def forward(self, device: torch.device) -> torch.autocast:
-        """Return the context in which a forward runs."""
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.autocast is not None)
+    @contextmanager
+    def forward(self, device: torch.device) -> Iterator[None]:
+        """Run a forward on a device in the body."""
+        rounding = quantize.fused() if self.fused_rounding else nullcontext()
+        with rounding, torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.autocast is not None):
+            yield
 
     def check(self, quantization: Quantization | None, name: str) -> None:
         """Refuse fixed point that bfloat16 cannot hold.

@@ -8,7 +8,11 @@ becomes ``clamp(round_half_even(x / LSB), lo, hi) * LSB``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -104,6 +108,8 @@ class FixedPoint(Settings):
         """
         x = x.detach()
         values = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        if _fused.get() and values.dtype == torch.float32 and values.numel() > 1:
+            return self._fused_round(values, need_inside=need_inside)
         out = values if in_place or values is not x else None
         limits = _extremes(x)
         if limits is None:
@@ -115,6 +121,18 @@ class FixedPoint(Settings):
         if grid.lo <= round(low / lsb) and round(high / lsb) <= grid.hi:
             return Rounded(_to_multiples(values, lsb, self.bits, out=out), None, grid)
         return Rounded(*round_to_grid(values, grid, need_inside=need_inside, out=out), grid)
+
+    def _fused_round(self, x: Tensor, *, need_inside: bool) -> Rounded:
+        """Round a float32 tensor in as few kernels as torch.compile makes of it; values as without, bit for bit."""
+        if not torch.ops.aten.is_non_overlapping_and_dense(x):
+            x = x.contiguous()
+        # one shape for all kernels, whatever the memory format; no view, since those are compiled by what they view
+        flat = x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), (x.numel(),), (1,))
+        given = None if self.range is None else self._lsb(x)
+        limits = _limits(self.bits, self.encoding, x.device)
+        values, inside, lsb = _compiled()(flat, given, limits, need_inside)
+        shaped = [None if each is None else each.as_strided(x.size(), x.stride()) for each in (values, inside)]
+        return Rounded(shaped[0], shaped[1], self._grid(lsb))  # type: ignore[arg-type]
 
     def _grid(self, lsb: Tensor) -> Grid:
         hi = 2 ** (self.bits - 1) - 1
@@ -132,12 +150,8 @@ class FixedPoint(Settings):
             return torch.full((), given, dtype=torch.float32, device=x.device)
         low, high = torch.aminmax(x.detach())
         largest = torch.maximum(-low, high)
-        largest = (largest if x.dtype == torch.float64 else largest.float()).clamp_min(SMALLEST_RANGE)
-        # m = mantissa * 2^e with mantissa in [0.5, 1), so m / mantissa = 2^e exactly; a mantissa of 0.5 means that
-        # m is a power of two itself. A rounded log2 would be off by one just above powers of two.
-        mantissa, _ = torch.frexp(largest)
-        power = torch.where(mantissa == 0.5, largest, largest / mantissa)
-        return (power * 2.0 ** (1 - self.bits)).float()
+        largest = largest if x.dtype == torch.float64 else largest.float()
+        return (_power_above(largest) * 2.0 ** (1 - self.bits)).float()
 
     def fraction_length(self, x: Tensor) -> int:
         """Return l with LSB = 2^-l for a tensor of any shape (reads the value back from the device)."""
@@ -226,6 +240,53 @@ def _to_multiples(x: Tensor, lsb: float, bits: int, *, out: Tensor | None) -> Te
         return torch.mul(x, 1.0 / lsb, out=out).round_().mul_(lsb)
     shift = 1.5 * 2.0**23 * lsb
     return torch.add(x, shift, out=out).sub_(shift)
+
+
+@contextmanager
+def fused() -> Iterator[None]:
+    """Round float32 tensors in the body by kernels that torch.compile fuses; the values are the same, bit for bit.
+
+    For GPUs, where rounding is many small kernels otherwise. The first use compiles for some seconds.
+    """
+    before = _fused.set(True)
+    try:
+        yield
+    finally:
+        _fused.reset(before)
+
+
+_fused: ContextVar[bool] = ContextVar("fused", default=False)
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(_round_flat, dynamic=True)
+
+
+@cache
+def _limits(bits: int, encoding: str, device: torch.device) -> Tensor:
+    """Return smallest and largest integer and the step of a range of 1; as numbers each would be compiled anew."""
+    grid = FixedPoint(bits=bits, encoding=encoding)._grid(torch.empty(()))
+    return torch.tensor([grid.lo, grid.hi, 2.0 ** (1 - bits)], device=device)
+
+
+def _round_flat(
+    x: Tensor, given: Tensor | None, limits: Tensor, need_inside: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return values, mask of unclamped ones if needed, and step of a float32 tensor [N], N > 1."""
+    lsb = _power_above(x.abs().amax()) * limits[2] if given is None else given
+    integers = torch.round(x * lsb.reciprocal())
+    clamped = torch.minimum(torch.maximum(integers, limits[0]), limits[1])
+    return clamped * lsb, clamped == integers if need_inside else None, lsb
+
+
+def _power_above(largest: Tensor) -> Tensor:
+    """Return the smallest power of two that is not below a magnitude, scalars on a device, without waiting for it."""
+    largest = largest.clamp_min(SMALLEST_RANGE)
+    # m = mantissa * 2^e with mantissa in [0.5, 1), so m / mantissa = 2^e exactly; a mantissa of 0.5 means that
+    # m is a power of two itself. A rounded log2 would be off by one just above powers of two.
+    mantissa, _ = torch.frexp(largest)
+    return torch.where(mantissa == 0.5, largest, largest / mantissa)
 
 
 def _lsb_for(largest: float, bits: int) -> float:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from injected import gen
 
+from ftnas import quantize
 from ftnas.compute import Compute
 from ftnas.faults import AdSAF, MiBB
 from ftnas.faults.hardware import Hardware
@@ -102,6 +103,15 @@ def test_bf16_computes_fixed_point_and_faults_in_float32(fault, monkeypatch):
     assert torch.nn.functional.cosine_similarity(gradient, other, dim=0) > 0.95
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fused_rounding_gives_the_same_step_bit_for_bit(fault, monkeypatch):
+    losses, gradient = gradients(Steps(fault))
+    calls = []
+    monkeypatch.setattr(quantize, "_compiled", lambda: lambda *args: calls.append(1) or quantize._round_flat(*args))
+    other_losses, other = gradients(Steps(fault, Compute(fused_rounding=True)))
+    assert calls and torch.equal(losses, other_losses) and torch.equal(gradient, other)
+
+
 def test_every_word_of_8_bits_is_exact_in_bfloat16():
     words = torch.arange(-128, 128).float() * 2.0**-9
     assert torch.equal(words.to(torch.bfloat16).float(), words)
@@ -116,7 +126,9 @@ def test_wider_words_than_bfloat16_holds_are_refused():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("compute", [Compute(), Compute(channels_last=True, autocast="bf16")])
+@pytest.mark.parametrize(
+    "compute", [Compute(), Compute(fused_rounding=True), Compute(channels_last=True, autocast="bf16")]
+)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_step_of_the_shared_weights_on_a_gpu_never_waits(fault, compute):
     steps = Steps(fault, compute, device="cuda")

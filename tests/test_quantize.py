@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ftnas import quantize
 from ftnas.quantize import Bounded, FixedPoint, Frozen, Quantization
 
 ENCODINGS = ["twos_complement", "sign_magnitude"]
@@ -265,3 +267,50 @@ def test_one_format_serves_weights_and_features():
     assert Quantization.of(form) == Quantization(weights=form, features=form)
     assert Quantization.of(None) is None
     assert Quantization() == Quantization(weights=FixedPoint(bits=8), features=FixedPoint(bits=8))
+
+
+LAYOUTS = {
+    "map": torch.randn(4, 3, 5, 5),
+    "channels last": torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last),
+    "part": torch.randn(4, 6, 5, 5)[:, ::2],
+    "transposed": torch.randn(7, 9).t(),
+    "zeros": torch.zeros(3, 2),
+    "one": torch.tensor([0.3]),
+    "none": torch.zeros(0, 3),
+    "nan": torch.tensor([1.0, torch.nan]),
+    "powers of two": 2.0 ** torch.arange(-30.0, 30.0),
+}
+FORMS = [FixedPoint(), FixedPoint(bits=5, encoding="sign_magnitude"), FixedPoint(range=Bounded(bound=0.7))]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_fused_rounding_gives_the_same_values_for_every_layout():
+    for form in FORMS:
+        for name, x in LAYOUTS.items():
+            for need in (True, False):
+                expected = form.round(x, need_inside=need)
+                with quantize.fused():
+                    found = form.round(x, need_inside=need)
+                assert torch.equal(found.values.nan_to_num(7.0), expected.values.nan_to_num(7.0)), (form, name)
+                assert torch.equal(found.grid.lsb.nan_to_num(7.0), expected.grid.lsb.nan_to_num(7.0)), (form, name)
+                if need:
+                    inside = True if expected.inside is None else expected.inside
+                    assert found.inside is None or bool((found.inside == inside).all()), (form, name)
+    assert not quantize._fused.get()
+
+
+def test_all_formats_and_shapes_share_the_kernels_of_fused_rounding(monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    kernels = torch.compile(quantize._round_flat, dynamic=True, backend=backend)
+    monkeypatch.setattr(quantize, "_compiled", lambda: kernels)
+    with quantize.fused():
+        for form in FORMS:
+            for x in LAYOUTS.values():
+                for need in (True, False):
+                    form.round(x, need_inside=need)
+    assert len(compiled) == 4  # with and without mask, range found or given

@@ -296,7 +296,14 @@ def test_what_decides_the_result_decides_the_hash(tmp_path):
             plan(tiny_study(tmp_path), scale="full", settings=TINY, cache=tmp_path, overrides=overrides)[0].jobs[0].key
         )
 
-    same = ["name=other", "data.root=null", "campaign.devices=3", "train.models.c={baseline: vgg16}", "pool.workers=0"]
+    same = [
+        "name=other",
+        "train.recipe.compute.fused_rounding=true",
+        "data.root=null",
+        "campaign.devices=3",
+        "train.models.c={baseline: vgg16}",
+        "pool.workers=0",
+    ]
     other = ["seed=1", "train.recipe.epochs=2", "hardware.fault.mac_error_rate=0.1", "data.subset=100", "threads=2"]
     assert {key(change) for change in same} == {key()}
     assert len({key(change) for change in [*other, "train.models.a.width=0.5"]} | {key()}) == len(other) + 2

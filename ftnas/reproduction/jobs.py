@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ftnas.campaign import RECORDS, CampaignConfig, Subject, SweepConfig, run_campaign
-from ftnas.config import RunConfig
+from ftnas.config import SEARCHES, RunConfig
 from ftnas.data import DataConfig, ImageSet, load, stratified_split
 from ftnas.derive import WINNER
 from ftnas.models import count, describe, load_model
@@ -113,6 +113,10 @@ class Job:
         plain = self.config.model_dump(mode="json")
         where = ("root", "download", "workers", "memory_limit_mb")
         plain["data"] = {key: value for key, value in plain["data"].items() if key not in where}
+        recipes = [plain["train"]["recipe"]] if plain["train"] else []
+        recipes += [plain[name]["weights"] for name in SEARCHES if plain[name]]
+        for recipe in recipes:
+            del recipe["compute"]["fused_rounding"]
         return {key: value for key, value in plain.items() if key not in _ELSEWHERE}
 
     def measure_key(self, measurement: Measurement) -> str:

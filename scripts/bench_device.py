@@ -1,0 +1,235 @@
+"""Throughput of the paper's steps on a device, and the whole runs that follow from it: extrapolated, none of them run.
+
+The steps are those of the shipped configs: one of the shared weights and one candidate of the search
+`w-ftt-nas-cifar10` (a random genotype each), one of each final training of Table 5, one faulty batch of the campaign.
+Images are random, 32x32 pixels. Every variant of `compute` that is asked for runs the same steps.
+
+    python scripts/bench_device.py --device cuda --json device.json
+    python scripts/bench_device.py --device cuda --compute plain channels_last+bf16 channels_last+bf16+fused
+    python scripts/bench_device.py --device cpu --seconds 1 --only search
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftnas.compute import Compute
+from ftnas.config import RunConfig, read_config
+from ftnas.evaluate import score
+from ftnas.faults.hardware import Hardware
+from ftnas.heap import keep_memory
+from ftnas.models import build
+from ftnas.recipe import SgdConfig
+from ftnas.rng import generator, isolated
+from ftnas.space import Genotype, Supernet, load_space
+from ftnas.train import FaultTolerantLoss, descend
+
+IMAGES, PIXELS, CLASSES = 50_000, 32, 10
+SEARCH = "w-ftt-nas-cifar10"
+TRAININGS = {
+    "W-FTT-Net-20": ("train-w-ftt-net-adsaf", "w-ftt-net-20"),
+    "ResNet-18": ("train-resnet18-adsaf", "resnet18"),
+    "VGG-16": ("train-vgg16-adsaf", "vgg16"),
+    "MobileNet-V2": ("train-mobilenet-v2-adsaf", "mobilenet_v2"),
+}
+COMPUTE = {"channels_last": {"channels_last": True}, "bf16": {"autocast": "bf16"}, "fused": {"fused_rounding": True}}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kind of step: what it does, its images, and how many of it the whole run takes."""
+
+    run: str
+    name: str
+    step: Callable[[], None]
+    images: int
+    steps: int
+
+
+class Bench:
+    """The jobs of one variant of `compute` on one device."""
+
+    def __init__(self, device: torch.device, compute: Compute, stack: contextlib.ExitStack) -> None:
+        self._device, self._compute, self._stack = device, compute, stack
+        self._stream = generator(0, "bench-device")
+
+    def _batch(self, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images = torch.randn(num_images, 3, PIXELS, PIXELS, generator=self._stream)
+        labels = torch.randint(0, CLASSES, (num_images,), generator=self._stream)
+        return images.to(self._device), labels.to(self._device)
+
+    def _training(self, model: nn.Module, recipe: SgdConfig, hardware: Hardware) -> Callable[[Any], None]:
+        """Return one step of a training as a function of the forward."""
+        injection = self._stack.enter_context(hardware.inject(model, seed=0, errors="soft", draw_on="device"))
+        loss = FaultTolerantLoss(model, alpha_l=recipe.alpha_l, compute=self._compute)
+        optimizer, parameters = recipe.optimizer(model), list(model.parameters())
+        images, labels = self._batch(recipe.batch_size)
+
+        def step(forward: Any) -> None:
+            descend(loss(forward, injection, images, labels).total, parameters, optimizer, recipe.grad_clip)
+
+        return step
+
+    def search(self) -> Iterator[Job]:
+        """Give the steps of the search: of the shared weights, and of one candidate."""
+        config = read_config(SEARCH)
+        stage = config.search
+        assert stage is not None
+        space = load_space(stage.space)
+        with isolated(0, "bench-device"):
+            trained, scored = (Supernet(space, num_classes=CLASSES).to(self._device) for _ in range(2))
+        step = self._training(trained, stage.weights, config.hardware)
+        scored.eval()
+        injection = self._stack.enter_context(config.hardware.inject(scored, seed=0, errors="soft"))
+        batch = stage.controller_batch or stage.weights.batch_size
+        images, labels = self._batch(batch)
+
+        def weights_step() -> None:
+            step(partial(trained, genotype=Genotype.random(space, generator=self._stream)))
+
+        def candidate() -> None:
+            forward = partial(scored, genotype=Genotype.random(space, generator=self._stream))
+            score(forward, injection, [(images, labels)], alpha_r=stage.alpha_r, first_draw=injection.draw)
+
+        own = int(IMAGES * stage.split)
+        passes = (IMAGES - own) // batch
+        updates = (stage.epochs - stage.warmup_epochs) * (stage.controller_steps or passes)
+        derived = stage.derive.samples * stage.derive.draws + stage.derive.finalists * stage.derive.final_draws
+        yield Job(
+            "search",
+            "shared weights",
+            weights_step,
+            stage.weights.batch_size,
+            stage.epochs * (own // stage.weights.batch_size),
+        )
+        yield Job("search", "candidate", candidate, batch, updates * stage.rollouts + derived * passes)
+
+    def training(self, name: str) -> Iterator[Job]:
+        """Give the step of one final training, and a faulty batch of its campaign."""
+        config_name, model_name = TRAININGS[name]
+        config: RunConfig = read_config(config_name)
+        assert config.train is not None and config.campaign is not None
+        recipe, campaign = config.train.recipe, config.campaign
+        chosen = config.train.models[model_name]
+        model, evaluated = (
+            build(chosen, num_classes=CLASSES, in_channels=3, image_size=PIXELS, seed=0).to(self._device)
+            for _ in range(2)
+        )
+        step = self._training(model.train(), recipe, config.hardware)
+        yield Job(
+            name, "training", partial(step, model), recipe.batch_size, recipe.epochs * (IMAGES // recipe.batch_size)
+        )
+        evaluated.eval()
+        self._stack.enter_context(config.hardware.inject(evaluated, seed=0, errors="hard"))
+        images, _ = self._batch(campaign.batch_size)
+
+        @torch.no_grad()
+        def evaluation() -> None:
+            evaluated(images)
+
+        points = sum(len(sweep.rates) for sweep in campaign.sweeps) * campaign.devices + 1
+        yield Job(name, "campaign", evaluation, campaign.batch_size, points * (10_000 // campaign.batch_size))
+
+
+def seconds_of(job: Job, device: torch.device, *, limit: float) -> list[float]:
+    """Return the seconds of single steps, after three that warm up, for about ``limit`` seconds."""
+    for _ in range(3):
+        job.step()
+    found: list[float] = []
+    end = time.perf_counter() + limit
+    while len(found) < 3 or time.perf_counter() < end:
+        wait(device)
+        start = time.perf_counter()
+        job.step()
+        wait(device)
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def wait(device: torch.device) -> None:
+    """Wait until a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def variant(name: str) -> Compute:
+    """Return the `compute` of a name such as ``plain`` or ``channels_last+bf16``."""
+    parts = [] if name == "plain" else name.split("+")
+    unknown = [part for part in parts if part not in COMPUTE]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"compute is plain, or of {', '.join(COMPUTE)} joined by +, got {name!r}")
+    return Compute(**{key: value for part in parts for key, value in COMPUTE[part].items()})
+
+
+def measure(device: torch.device, compute: Compute, runs: list[str], *, limit: float) -> list[dict[str, Any]]:
+    """Return one row per kind of step."""
+    rows = []
+    for run in runs:
+        with contextlib.ExitStack() as stack:
+            bench = Bench(device, compute, stack)
+            for job in bench.search() if run == "search" else bench.training(run):
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                start = time.perf_counter()
+                seconds = seconds_of(job, device, limit=limit)
+                whole = time.perf_counter() - start
+                median = statistics.median(seconds)
+                row = {"run": job.run, "step": job.name, "images": job.images, "measured_steps": len(seconds),
+                       "ms": 1e3 * median, "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds),
+                       "images_per_s": job.images / median, "whole_run_steps": job.steps,
+                       "extrapolated_h": median * job.steps / 3600, "wall_s": whole}  # fmt: skip
+                if device.type == "cuda":
+                    row["peak_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+                rows.append(row)
+                print(f"  {job.run:<13} {job.name:<15} {row['ms']:9.1f} ms  {row['images_per_s']:8.0f} images/s  "
+                      f"x {job.steps:>7} = {row['extrapolated_h']:8.2f} h (extrapolated)", flush=True)  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compute", nargs="+", default=["plain"], metavar="VARIANT",
+                        help="plain, or channels_last, bf16 and fused joined by + (default: plain)")  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=["search", *TRAININGS], help="(default: all)")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="of each kind of step, after warming up (default: 5)"
+    )
+    parser.add_argument("--json", type=Path, help="file for the result, written after each variant")
+    options = parser.parse_args()
+    try:
+        device, variants = torch.device(options.device), {name: variant(name) for name in options.compute}
+        torch.zeros(1, device=device)
+    except (argparse.ArgumentTypeError, RuntimeError, AssertionError) as error:
+        parser.error(str(error).splitlines()[0])
+    keep_memory()
+    on_gpu = device.type == "cuda"
+    machine = (
+        torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    found: dict[str, Any] = {"device": machine, "torch": torch.__version__, "variants": {}}
+    for name, compute in variants.items():
+        print(f"{name} on {machine}")
+        runs = options.only or ["search", *TRAININGS]
+        found["variants"][name] = measure(device, compute, runs, limit=options.seconds)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

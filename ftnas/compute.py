@@ -24,7 +24,7 @@ class Compute(Settings):
     Attributes:
         channels_last: Hold maps and kernels with the channels innermost.
         autocast: ``bf16`` computes convolutions and Linear layers in bfloat16; None in float32.
-        fused_rounding: Round by kernels that torch.compile fuses, to the same values. For GPUs; a CPU is slower with it.
+        fused_rounding: Round by kernels that torch.compile fuses, to the same values. For GPUs: it slows a CPU.
     """
 
     channels_last: bool = False

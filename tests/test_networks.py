@@ -123,6 +123,29 @@ def test_primitive_values():
         make_primitive("skip", in_channels=4, out_channels=8)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (3, 8, 7, 5), (2, 3, 8, 8), (1, 8, 1, 1), (2, 9, 1, 4)])
+def test_pooling_gives_what_torch_gives(shape, stride):
+    torch_own = {
+        "max_pool_3x3": torch.nn.MaxPool2d(3, stride=stride, padding=1),
+        "avg_pool_3x3": torch.nn.AvgPool2d(3, stride=stride, padding=1, count_include_pad=False),
+    }
+    maps = torch.randn(shape, generator=rng.generator(0, "pool")).mul(4).round().div(4)  # with ties
+    maps[0, 0, 0, 0] = torch.nan
+    for name, own in torch_own.items():
+        pool = make_primitive(name, in_channels=shape[1], out_channels=shape[1], stride=stride)
+        assert isinstance(pool, type(own))
+        for x in (maps, maps.contiguous(memory_format=torch.channels_last), maps.transpose(2, 3)):
+            with torch.no_grad():
+                assert torch.equal(pool(x).nan_to_num(9.0), own(x).nan_to_num(9.0))
+            mine, theirs = (x.nan_to_num(0.5).clone(memory_format=torch.preserve_format) for _ in range(2))
+            up = torch.randn(own(x).shape, generator=rng.generator(1, "pool"))
+            results = [module(y.requires_grad_()) for module, y in ((pool, mine), (own, theirs))]
+            for result in results:
+                result.backward(up)
+            assert torch.equal(*results) and torch.equal(mine.grad, theirs.grad)
+
+
 @pytest.mark.parametrize("size", [6, 7])
 def test_factorized_reduction_reads_every_pixel(size):
     module = FactorizedReduction(in_channels=1, out_channels=2, affine=False).eval()

@@ -55,6 +55,10 @@ class Tracer(fx.Tracer):
         self.values: dict[str, Any] = {}
         self._running = False
 
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Tell whether a module is one call: torch's own are, and pooling that does the same in another way."""
+        return isinstance(m, (nn.MaxPool2d, nn.AvgPool2d)) or super().is_leaf_module(m, module_qualified_name)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return a value that knows its shape."""
         return Shaped(node, self)

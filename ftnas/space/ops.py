@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -242,16 +242,61 @@ def _skip(*, in_channels: int, out_channels: int, stride: int, affine: bool) -> 
     return nn.Identity()
 
 
+_WIDE = 8
+"""Channels from which on a CPU pools channels-last maps quicker, the conversion and the way back included."""
+
+
+def _pooled_wide(pool: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Pool float [B, C, H, W] with the channels innermost where that is quicker; the same values and gradients."""
+    if x.device.type != "cpu" or not x.is_contiguous() or x.shape[1] < _WIDE:
+        return pool(x)
+    return pool(x.contiguous(memory_format=torch.channels_last)).contiguous()
+
+
+class MaxPool3x3(nn.MaxPool2d):
+    """Max pooling over 3x3; values and gradients are those of torch's own, which is slow on a CPU."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__(3, stride=stride, padding=1)
+        self._step = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool float [B, C, H, W]."""
+        if torch.is_grad_enabled() or x.device.type != "cpu" or not x.is_contiguous():
+            return _pooled_wide(super().forward, x)
+        # without gradients, the largest of each row's three, then of three rows; with them, ties have to be kept
+        x = F.pad(x, (1, 1, 1, 1), value=-torch.inf)
+        for dim in (-1, -2):
+            size = (x.shape[dim] - 3) // self._step * self._step + 1
+            one, two, three = (x.narrow(dim, first, size) for first in range(3))
+            if self._step > 1:
+                keep = (..., slice(None, None, self._step)) + (slice(None),) * (-1 - dim)
+                one, two, three = one[keep], two[keep], three[keep]
+            x = torch.maximum(one, two).maximum(three)
+        return x
+
+
+class AvgPool3x3(nn.AvgPool2d):
+    """Average pooling over those of 3x3 values that lie in the map; values and gradients are those of torch's own."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__(3, stride=stride, padding=1, count_include_pad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool float [B, C, H, W]."""
+        return _pooled_wide(super().forward, x)
+
+
 @PRIMITIVES.register("avg_pool_3x3")
 def _avg_pool(*, in_channels: int, out_channels: int, stride: int, affine: bool) -> nn.Module:
     _need_same("avg_pool_3x3", in_channels, out_channels)
-    return nn.AvgPool2d(3, stride=stride, padding=1, count_include_pad=False)
+    return AvgPool3x3(stride)
 
 
 @PRIMITIVES.register("max_pool_3x3")
 def _max_pool(*, in_channels: int, out_channels: int, stride: int, affine: bool) -> nn.Module:
     _need_same("max_pool_3x3", in_channels, out_channels)
-    return nn.MaxPool2d(3, stride=stride, padding=1)
+    return MaxPool3x3(stride)
 
 
 @PRIMITIVES.register("conv_1x1")

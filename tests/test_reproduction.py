@@ -274,6 +274,7 @@ def test_a_tiny_table_from_end_to_end_and_nothing_is_done_twice(tmp_path):
     result = json.loads((out / "result.json").read_text())
     assert result["orderings"][0]["verdict"] in ("holds", "reversed", "undecided") and result["cpu_s"] > 0
     assert (out / "table.csv").read_text().count("\n") == 1 + 2 * 2
+    assert "png" not in text and not list(out.glob("*.png"))  # one rate is no curve
 
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     run(plan(study, **common, cache=cache))
@@ -281,9 +282,12 @@ def test_a_tiny_table_from_end_to_end_and_nothing_is_done_twice(tmp_path):
 
     # one rate and one device more are measured on the trained networks, in the same folders
     common["settings"] = TINY.model_copy(update={"devices": 3})
-    more = plan(tiny_study(tmp_path, rates=(1e-3, 2e-3)), **common, cache=cache)
+    wider = tiny_study(tmp_path, rates=(1e-3, 2e-3))
+    more = plan(wider, **common, cache=cache)
     run(more)
     assert [len(jobs.records(entry.jobs[0], entry.measurements[0])) for entry in (*planned, *more)] == [3, 3, 7, 7]
+    text = write_result(collect(wider, more, **common, published={}, out=out), out)
+    assert "(mibb.png)" in text and (out / "mibb.png").stat().st_size > 0
     models = [path for path in before if path.name == "model.pt"]
     assert models and all(path.stat().st_mtime_ns == before[path] for path in models)
     assert [jobs.missing(e.jobs[0], e.measurements[0]) for e in more] == [0, 0]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftnas.records import Comparison, is_known, nothing_compared, read_comparison
+from ftnas.reproduction import figures
 from ftnas.reproduction.jobs import cost, machine, records
 from ftnas.reproduction.orderings import Result, check
 from ftnas.reproduction.study import Planned, PublishedTable, Scale, Study, StudySweep, rates_at
@@ -60,6 +61,16 @@ class Outcome:
         if sweep.published is None or row.row.published is None:
             return None
         return self.published[sweep.published].accuracy(row.row.published, rate)
+
+    def points(self, sweep: StudySweep) -> dict[str, list[tuple[float, Interval]]]:
+        """Return our rates and accuracies by row, as far as they were measured; rate 0 is fault-free."""
+        published = (0.0, *sweep.rates)
+        rates = list(zip(published, rates_at(sweep, self.scale, published), strict=True))
+        found: dict[str, list[tuple[float, Interval]]] = {}
+        for entry in self.planned:
+            measured = [(own, self.interval(entry.row.name, sweep, rate)) for rate, own in rates]
+            found[entry.row.name] = [(own, interval) for own, interval in measured if interval is not None]
+        return found
 
     @property
     def cost(self) -> tuple[float, list[str]]:
@@ -113,8 +124,11 @@ def collect(
 
 
 def write(outcome: Outcome, out: Path) -> str:
-    """Write ``table.md``, ``table.csv``, ``result.json`` and ``runs.jsonl`` into a folder; return the Markdown."""
+    """Write ``table.md`` and ``.csv``, ``result.json``, ``runs.jsonl`` and pictures to a folder; return Markdown."""
     text = to_markdown(outcome)
+    for sweep in outcome.study.sweeps:
+        if figures.worth_drawing(points := outcome.points(sweep)):
+            figures.draw(points, fault_name(sweep.label), out)
     atomic_write(out / "table.md", text.encode())
     atomic_write(out / "table.csv", to_csv(_lines(outcome)).encode())
     atomic_write(out / "result.json", (json.dumps(_plain(outcome), indent=1) + "\n").encode())
@@ -160,6 +174,9 @@ def _table(outcome: Outcome, sweep: StudySweep) -> list[str]:
             shown = [f"{value:g}M" if value is not None else "" for value in (row.params, row.flops)]
             cells = ["" if value is None else f"{100 * value:.1f}" for value in theirs]
             lines.append(f"| | published | {' | '.join([*shown, *cells])} |")
+    if figures.worth_drawing(outcome.points(sweep)):
+        label = fault_name(sweep.label)
+        lines += ["", f"![Accuracy over the rate of {label}]({figures.stem(label)}.png)"]
     return [*lines, ""]
 
 

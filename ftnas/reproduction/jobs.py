@@ -99,6 +99,11 @@ class Job:
         return self.cache / f"search-{self.search_key}"
 
     @property
+    def by_rate_protocol(self) -> bool:
+        """Whether the training rate is found by the rate protocol."""
+        return self.config.train is not None and self.config.train.recipe.rate_protocol is not None
+
+    @property
     def seed(self) -> int:
         """The training seed."""
         assert self.config.train is not None
@@ -196,8 +201,7 @@ def measure(job: Job, measurement: Measurement) -> None:
         "images": measurement.images,
         "batch_size": measurement.batch_size,
     }
-    path = job.folder / "train" / job.model / f"seed-{job.seed}" / MODEL
-    network, metadata = load_model(path, allow_factory=True)
+    network, metadata = load_model(_model_file(job), allow_factory=True)
     images = _test_images(config.data, measurement.images).to(device)
     subject = Subject(
         name=job.key,
@@ -218,6 +222,15 @@ def measure(job: Job, measurement: Measurement) -> None:
             seed=seed_for(config.seed, "campaign"),
             folder=run,
         )
+
+
+def trained_for(job: Job) -> str:
+    """Return what a trained network was trained for, e.g. ``mibb 0.0003``."""
+    return str(load_model(_model_file(job), allow_factory=True)[1]["training"])
+
+
+def _model_file(job: Job) -> Path:
+    return job.folder / "train" / job.model / f"seed-{job.seed}" / MODEL
 
 
 @lru_cache(maxsize=1)

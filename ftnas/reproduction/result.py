@@ -10,7 +10,7 @@ from typing import Any
 
 from ftnas.records import Comparison, is_known, nothing_compared, read_comparison
 from ftnas.reproduction import figures
-from ftnas.reproduction.jobs import cost, machine, records
+from ftnas.reproduction.jobs import cost, machine, records, trained, trained_for
 from ftnas.reproduction.orderings import Result, check
 from ftnas.reproduction.study import Planned, PublishedTable, Scale, Study, StudySweep, rates_at
 from ftnas.stats import Interval
@@ -147,7 +147,18 @@ def to_markdown(outcome: Outcome) -> str:
     if outcome.results:
         lines += _orderings(outcome.results)
     lines += [f"- {entry.row.name}: {entry.row.note}" for entry in outcome.planned if entry.row.note]
+    lines += [f"- {row}: the rate protocol kept {rates}." for row, rates in _kept_rates(outcome).items()]
     return "\n".join([*lines, "", *_how(outcome)]) + "\n"
+
+
+def _kept_rates(outcome: Outcome) -> dict[str, str]:
+    """Return, by row, the training rate that the rate protocol kept for each seed."""
+    kept = {}
+    for entry in outcome.planned:
+        found = [(job.seed, trained_for(job)) for job in entry.jobs if job.by_rate_protocol and trained(job)]
+        if found:
+            kept[entry.row.name] = ", ".join(f"{rate} (seed {seed})" for seed, rate in found)
+    return kept
 
 
 def _table(outcome: Outcome, sweep: StudySweep) -> list[str]:

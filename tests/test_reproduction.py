@@ -294,6 +294,16 @@ def test_a_tiny_table_from_end_to_end_and_nothing_is_done_twice(tmp_path):
     assert len(list(cache.iterdir())) == 8
 
 
+def test_a_table_says_which_training_rate_the_protocol_kept(tmp_path):
+    study, settings = tiny_study(tmp_path), TINY.model_copy(update={"seeds": (0,)})
+    overrides = ["train.recipe.rate_protocol=[1.0e-2, 1.0e-3]", "train.recipe.rate_threshold=0.99"]
+    common = {"scale": "full", "settings": settings}
+    planned = plan(study, **common, cache=tmp_path / "cache", overrides=overrides)[:1]
+    run(planned)
+    text = to_markdown(collect(study, planned, **common, published={}, out=tmp_path / "out"))
+    assert "- a: the rate protocol kept mibb 0.001 (seed 0)." in text  # none passes, and the smallest is kept
+
+
 def test_what_decides_the_result_decides_the_hash(tmp_path):
     def key(*overrides):
         return (

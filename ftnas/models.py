@@ -293,7 +293,10 @@ def _shape(value: Any) -> Any:
 
 def _refuse_imports(names: Sequence[str], allowed: bool) -> None:
     if names and not allowed:
-        raise ValueError(f"it would import {names[0]!r}; if you trust the file, load it with allow_factory=True")
+        raise ValueError(
+            f"it would import {names[0]!r}; if you trust the file, give allow_factory=True "
+            "(ftnas verify: --allow-factory; a campaign: factory and checkpoint in place of file)"
+        )
 
 
 def call_factory(name: str, *, num_classes: int, in_channels: int) -> nn.Module:

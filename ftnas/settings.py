@@ -58,11 +58,22 @@ def first_problem(error: pydantic.ValidationError, cls: type[BaseModel], where: 
         return f"{path}: unknown key; {did_you_mean(location[-1], _fields_at(cls, location[:-1]))}"
     if problem["type"] == "missing":
         return f"{path}: required, and not given"
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):  # which of several classes
+        context = problem["ctx"]
+        path = f"{path}.{_unquoted(context['discriminator'])}"
+        if "tag" not in context:
+            return f"{path}: required, and not given"
+        known = [_unquoted(name) for name in context["expected_tags"].split(", ")]
+        return f"{path}: unknown {context['tag']!r}; {did_you_mean(context['tag'], known)}"
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
     message = message[:1].lower() + message[1:]
     value = problem["input"]
     shown = "" if isinstance(value, (dict, BaseModel)) else f", got {_short(value)}"
     return f"{path}: {message}{shown}"
+
+
+def _unquoted(text: str) -> str:
+    return text.strip("'")
 
 
 def _short(value: Any) -> str:

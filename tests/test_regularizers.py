@@ -232,7 +232,9 @@ def test_without_regularizers_the_loss_is_as_before(images):
         (lambda: recipe({"name": "dropout", "layers": "relu", "rate": 1.0}), "should be less than 1"),
         (lambda: recipe({"name": "dropout", "layers": [], "rate": 0.1}), "at least 1 item"),
         (lambda: recipe({"name": "fep"}), "required, and not given"),
-        (lambda: recipe({"name": "drop", "rate": 0.1}), "'crash_variance', 'dropout', 'fep'"),
+        (lambda: recipe({"name": "drpout", "rate": 0.1}), "name: unknown 'drpout'; did you mean 'dropout'"),
+        (lambda: recipe({"name": "x", "rate": 0.1}), "name: unknown 'x'; there is: crash_variance, dropout, fep"),
+        (lambda: recipe({"rate": 0.1}), "name: required, and not given"),
         (
             lambda: parse(
                 TrainConfig, {"epochs": 1, "batch_size": 1, "lr": 1.0, "alpha_l": 1.0, "regularizers": ALL[:1]}

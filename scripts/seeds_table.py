@@ -1,6 +1,7 @@
 """Tables of one run whose models were trained from several seeds: accuracy, what faults cost, differences, thresholds.
 
-Intervals are Student's t (differences: Welch's) over training seeds, on the devices and images that all of them share.
+Intervals are Student's t (differences: Welch's) over training seeds, on the devices and images that all seeds of a
+model share. Where points stopped after different numbers of devices, a star is of the devices that both models have.
 
     python scripts/seeds_table.py runs/saturation-small --lost 3
 """
@@ -17,7 +18,7 @@ import numpy as np
 
 from ftnas import plots
 from ftnas.records import Comparison, read_comparison
-from ftnas.stats import Interval, mean_interval
+from ftnas.stats import Interval, mean_interval, seed_difference
 from ftnas.tables import rate_label
 
 
@@ -49,6 +50,17 @@ def threshold(rates: Sequence[float], accuracies: Sequence[float], *, floor: flo
     return math.nan
 
 
+def difference(run: Comparison, fault: str, model: str, reference: str, rate: float) -> str:
+    """Return the difference of two models in percent, each on its own devices; a star: no interval has 0."""
+    found = run.difference(fault, model, reference, rate)
+    if found is None:
+        return ""
+    if found.over_seeds is None:
+        return text(found.shown, "+") + (" *" if found.verdict else "")
+    own = seed_difference(per_seed(run, fault, model, rate), per_seed(run, fault, reference, rate))
+    return text(own, "+") + (" *" if found.verdict and (own.low > 0 or own.high < 0) else "")
+
+
 def text(interval: Interval, sign: str = "") -> str:
     """Return a mean in percent and half the width of its interval."""
     half = "" if math.isnan(interval.low) else f" ± {50 * (interval.high - interval.low):.1f}"
@@ -76,8 +88,7 @@ def tables(run: Comparison, *, lost: float) -> str:
             lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(reached + above)} |")
         lines += ["", f"| minus {names[0]} | fault-free | {head} |", "|---|" + "---:|" * (len(rates) + 1)]
         for name in names[1:]:
-            differences = [run.difference(fault, name, names[0], rate) for rate in (0.0, *rates)]
-            shown = ["" if d is None else text(d.shown, "+") + (" *" if d.verdict else "") for d in differences]
+            shown = [difference(run, fault, name, names[0], rate) for rate in (0.0, *rates)]
             lines.append(f"| {name} | {' | '.join(shown)} |")
         lines.append("")
     return "\n".join(lines)

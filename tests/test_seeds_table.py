@@ -24,6 +24,19 @@ def test_the_threshold_lies_on_the_line_between_two_rates():
     assert math.isnan(script.threshold(rates, [0.5, 0.5, 0.4], floor=0.4))
 
 
+def test_models_that_stopped_early_are_compared_on_all_their_devices(tmp_path):
+    values = {("a", 0): (0.2, 0.4), ("a", 1): (0.4, 0.6), ("b", 0): (0.6,), ("b", 1): (0.8,)}
+    journal = Journal(tmp_path / "records.jsonl")
+    for (model, seed), row in values.items():
+        for device, value in enumerate(row):
+            journal.append(
+                {"schema": 1, "model": model, "train_seed": seed, "training": "clean", "fault": "f", "rate_name": "r",
+                 "rate": 0.1, "device": device, "accuracy": value, "num_images": 100, "flops": 1, "params": 1}
+            )  # fmt: skip
+    run = read_comparison(tmp_path / "records.jsonl")
+    assert script.difference(run, "f", "b", "a", 0.1).startswith("+30.0 ± ")  # 70 - 40, and not 70 - 30
+
+
 def test_tables_hold_means_losses_and_differences(tmp_path):
     accuracy = {("a", 0.0): (0.4, 0.6), ("a", 0.1): (0.2, 0.2), ("b", 0.0): (0.5, 0.5), ("b", 0.1): (0.45, 0.55)}
     journal = Journal(tmp_path / "records.jsonl")

@@ -104,6 +104,13 @@ def test_a_claim_needs_the_interval_over_seeds_and_not_devices_alone(tmp_path):
     assert pair.interval.mean == pytest.approx(-0.05)
 
 
+def test_one_training_of_each_decides_no_claim_of_sameness(tmp_path):
+    accuracies = {"a": {1e-4: made(0.6, seeds=1)}, "b": {1e-4: made(0.4, seeds=1)}}
+    comparison = write_lines(tmp_path / "records.jsonl", accuracies)
+    study = study_of("ab", [claim("a", "b"), claim("a", "b", measure="same")], rates=(1e-4,))
+    assert verdicts(study, comparison) == ["holds", "undecided"]
+
+
 def test_loss_compares_what_faults_take_away(tmp_path):
     # b is less accurate at every rate and loses less
     accuracies = {

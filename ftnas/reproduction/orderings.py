@@ -139,7 +139,9 @@ def _pair(
         over_seeds = seed_difference(first, second) if min(len(first), len(second)) > 1 else None
     intervals = [interval] if over_seeds is None else [interval, over_seeds]
     verdict: Verdict = "undecided"
-    if all(found.low > 0 for found in intervals):
+    if same and over_seeds is None:
+        pass  # two trainings differ by chance, whatever distinguishes them
+    elif all(found.low > 0 for found in intervals):
         verdict = "reversed" if same else "holds"
     elif all(found.high < 0 for found in intervals):
         verdict = "reversed"

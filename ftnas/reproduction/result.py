@@ -218,6 +218,8 @@ def _verdict(result: Result) -> str:
     if result.ordering.measure != "same":
         return _VERDICTS[result.verdict]
     differs, unseen = "**does not hold: they differ**", "no difference is seen, which proves none"
+    if result.verdict == "undecided" and any(pair.over_seeds is None for pair in result.pairs):
+        return "undecided: one training of each, and trainings differ by chance"
     return {"reversed": differs, "undecided": unseen}.get(result.verdict, _VERDICTS[result.verdict])
 
 

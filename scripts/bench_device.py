@@ -2,11 +2,12 @@
 
 The steps are those of the shipped configs: one of the shared weights and one candidate of the search
 `w-ftt-nas-cifar10` (a random genotype each), one of each final training of Table 5, one faulty batch of the campaign.
-Images are random, 32x32 pixels. Every variant of `compute` that is asked for runs the same steps.
+Images are random. Every variant of `compute` that is asked for runs the same steps.
 
     python scripts/bench_device.py --device cuda --json device.json
     python scripts/bench_device.py --device cuda --compute plain channels_last+bf16 channels_last+bf16+fused
     python scripts/bench_device.py --device cpu --seconds 1 --only search
+    python scripts/bench_device.py --device cpu --pixels 8 --batch 2    # what the host takes to issue a step, mostly
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from ftnas.rng import generator, isolated
 from ftnas.space import Genotype, Supernet, load_space
 from ftnas.train import FaultTolerantLoss, descend
 
-IMAGES, PIXELS, CLASSES = 50_000, 32, 10
+IMAGES, CLASSES = 50_000, 10
 SEARCH = "w-ftt-nas-cifar10"
 TRAININGS = {
     "W-FTT-Net-20": ("train-w-ftt-net-adsaf", "w-ftt-net-20"),
@@ -63,12 +64,16 @@ class Job:
 class Bench:
     """The jobs of one variant of `compute` on one device."""
 
-    def __init__(self, device: torch.device, compute: Compute, stack: contextlib.ExitStack) -> None:
+    def __init__(
+        self, device: torch.device, compute: Compute, stack: contextlib.ExitStack, *, pixels: int, batch: int | None
+    ) -> None:
         self._device, self._compute, self._stack = device, compute, stack
+        self._pixels, self._num_images = pixels, batch
         self._stream = generator(0, "bench-device")
 
     def _batch(self, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images = torch.randn(num_images, 3, PIXELS, PIXELS, generator=self._stream)
+        num_images = self._num_images or num_images
+        images = torch.randn(num_images, 3, self._pixels, self._pixels, generator=self._stream)
         labels = torch.randint(0, CLASSES, (num_images,), generator=self._stream)
         return images.to(self._device), labels.to(self._device)
 
@@ -126,7 +131,7 @@ class Bench:
         recipe, campaign = config.train.recipe, config.campaign
         chosen = config.train.models[model_name]
         model, evaluated = (
-            build(chosen, num_classes=CLASSES, in_channels=3, image_size=PIXELS, seed=0).to(self._device)
+            build(chosen, num_classes=CLASSES, in_channels=3, image_size=self._pixels, seed=0).to(self._device)
             for _ in range(2)
         )
         step = self._training(model.train(), recipe, config.hardware)
@@ -180,12 +185,14 @@ def variant(name: str) -> Compute:
     return Compute(**{key: value for part in parts for key, value in COMPUTE[part].items()})
 
 
-def measure(device: torch.device, compute: Compute, runs: list[str], *, limit: float) -> list[dict[str, Any]]:
+def measure(
+    device: torch.device, compute: Compute, runs: list[str], *, limit: float, pixels: int, batch: int | None
+) -> list[dict[str, Any]]:
     """Return one row per kind of step."""
     rows = []
     for run in runs:
         with contextlib.ExitStack() as stack:
-            bench = Bench(device, compute, stack)
+            bench = Bench(device, compute, stack, pixels=pixels, batch=batch)
             for job in bench.search() if run == "search" else bench.training(run):
                 gc.collect()
                 if device.type == "cuda":
@@ -194,9 +201,10 @@ def measure(device: torch.device, compute: Compute, runs: list[str], *, limit: f
                 seconds = seconds_of(job, device, limit=limit)
                 whole = time.perf_counter() - start
                 median = statistics.median(seconds)
-                row = {"run": job.run, "step": job.name, "images": job.images, "measured_steps": len(seconds),
+                images = batch or job.images
+                row = {"run": job.run, "step": job.name, "images": images, "measured_steps": len(seconds),
                        "ms": 1e3 * median, "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds),
-                       "images_per_s": job.images / median, "whole_run_steps": job.steps,
+                       "images_per_s": images / median, "whole_run_steps": job.steps,
                        "extrapolated_h": median * job.steps / 3600, "wall_s": whole}  # fmt: skip
                 if device.type == "cuda":
                     row["peak_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
@@ -215,6 +223,8 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="of each kind of step, after warming up (default: 5)"
     )
+    parser.add_argument("--pixels", type=int, default=32, help="of a side of the square images (default: 32)")
+    parser.add_argument("--batch", type=int, help="images of every step, in place of each config's own")
     parser.add_argument("--json", type=Path, help="file for the result, written after each variant")
     options = parser.parse_args()
     try:
@@ -227,11 +237,12 @@ def main() -> None:
     machine = (
         torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )
-    found: dict[str, Any] = {"device": machine, "torch": torch.__version__, "variants": {}}
+    found: dict[str, Any] = {"device": machine, "torch": torch.__version__, "pixels": options.pixels, "variants": {}}
     for name, compute in variants.items():
         print(f"{name} on {machine}")
         runs = options.only or ["search", *TRAININGS]
-        found["variants"][name] = measure(device, compute, runs, limit=options.seconds)
+        found["variants"][name] = measure(device, compute, runs, limit=options.seconds,
+                                          pixels=options.pixels, batch=options.batch)  # fmt: skip
         if options.json:
             options.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -8,7 +8,7 @@ becomes ``clamp(round_half_even(x / LSB), lo, hi) * LSB``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -126,13 +126,13 @@ class FixedPoint(Settings):
         """Round a float32 tensor in as few kernels as torch.compile makes of it; values as without, bit for bit."""
         if not torch.ops.aten.is_non_overlapping_and_dense(x):
             x = x.contiguous()
-        # one shape for all kernels, whatever the memory format; no view, since those are compiled by what they view
-        flat = x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), (x.numel(),), (1,))
+        # one shape for all kernels, whatever the memory format
+        flat = _same_memory(x, (x.numel(),), (1,))
         given = None if self.range is None else self._lsb(x)
         limits = _limits(self.bits, self.encoding, x.device)
         values, inside, lsb = _compiled()(flat, given, limits, need_inside)
-        shaped = [None if each is None else each.as_strided(x.size(), x.stride()) for each in (values, inside)]
-        return Rounded(shaped[0], shaped[1], self._grid(lsb))  # type: ignore[arg-type]
+        shaped = None if inside is None else _same_memory(inside, x.size(), x.stride())
+        return Rounded(_same_memory(values, x.size(), x.stride()), shaped, self._grid(lsb))
 
     def _grid(self, lsb: Tensor) -> Grid:
         hi = 2 ** (self.bits - 1) - 1
@@ -256,6 +256,14 @@ def fused() -> Iterator[None]:
 
 
 _fused: ContextVar[bool] = ContextVar("fused", default=False)
+
+
+def _same_memory(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """Return a tensor of another shape over the memory of x that is no view.
+
+    Views are compiled by what they view, and autograd lets nothing change one in place that a function of ours gave.
+    """
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), tuple(size), tuple(stride))
 
 
 @cache

@@ -112,6 +112,19 @@ def test_fused_rounding_gives_the_same_step_bit_for_bit(fault, monkeypatch):
     assert calls and torch.equal(losses, other_losses) and torch.equal(gradient, other)
 
 
+def test_fused_rounding_lets_what_follows_work_in_place(monkeypatch):
+    monkeypatch.setattr(quantize, "_compiled", lambda: quantize._round_flat)
+    results = []
+    for compute in (Compute(), Compute(fused_rounding=True)):
+        with isolated(0, "net"):
+            net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(inplace=True))
+        x = torch.randn(2, 1, 6, 6, generator=gen(0))
+        with Hardware(fault=FAULTS["mibb"]).inject(net, seed=0, errors="soft"), compute.forward(x.device):
+            net(x).square().sum().backward()
+        results.append(net[0].weight.grad)
+    assert torch.equal(*results)
+
+
 def test_every_word_of_8_bits_is_exact_in_bfloat16():
     words = torch.arange(-128, 128).float() * 2.0**-9
     assert torch.equal(words.to(torch.bfloat16).float(), words)

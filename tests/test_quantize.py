@@ -293,6 +293,7 @@ def test_fused_rounding_gives_the_same_values_for_every_layout():
                     found = form.round(x, need_inside=need)
                 assert torch.equal(found.values.nan_to_num(7.0), expected.values.nan_to_num(7.0)), (form, name)
                 assert torch.equal(found.grid.lsb.nan_to_num(7.0), expected.grid.lsb.nan_to_num(7.0)), (form, name)
+                assert not found.values._is_view(), (form, name)
                 if need:
                     inside = True if expected.inside is None else expected.inside
                     assert found.inside is None or bool((found.inside == inside).all()), (form, name)

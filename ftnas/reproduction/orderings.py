@@ -138,13 +138,10 @@ def _pair(
         interval = hierarchical_paired_difference(first, second)
         over_seeds = seed_difference(first, second) if min(len(first), len(second)) > 1 else None
     intervals = [interval] if over_seeds is None else [interval, over_seeds]
-    verdict: Verdict = "undecided"
-    if same and over_seeds is None:
-        pass  # two trainings differ by chance, whatever distinguishes them
-    elif all(found.low > 0 for found in intervals):
-        verdict = "reversed" if same else "holds"
-    elif all(found.high < 0 for found in intervals):
-        verdict = "reversed"
+    above, below = all(found.low > 0 for found in intervals), all(found.high < 0 for found in intervals)
+    verdict: Verdict = "holds" if above else "reversed" if below else "undecided"
+    if same and verdict != "undecided":  # two trainings differ by chance, whatever distinguishes them
+        verdict = "undecided" if over_seeds is None else "reversed"
     return Pair(
         better=better, worse=worse, verdict=verdict, interval=interval, over_seeds=over_seeds, published=published
     )

@@ -267,11 +267,7 @@ class MaxPool3x3(nn.MaxPool2d):
         # without gradients, the largest of each row's three, then of three rows; with them, ties have to be kept
         x = F.pad(x, (1, 1, 1, 1), value=-torch.inf)
         for dim in (-1, -2):
-            size = (x.shape[dim] - 3) // self._step * self._step + 1
-            one, two, three = (x.narrow(dim, first, size) for first in range(3))
-            if self._step > 1:
-                keep = (..., slice(None, None, self._step)) + (slice(None),) * (-1 - dim)
-                one, two, three = one[keep], two[keep], three[keep]
+            one, two, three = x.unfold(dim, 3, self._step).unbind(-1)
             x = torch.maximum(one, two).maximum(three)
         return x
 

@@ -95,7 +95,7 @@ class FixedPoint(Settings):
         """
         return self._grid(self._lsb(x))
 
-    def round(self, x: Tensor, *, need_inside: bool, in_place: bool = False) -> Rounded:
+    def round(self, x: Tensor, *, need_inside: bool, in_place: bool = False, limit: Tensor | None = None) -> Rounded:
         """Round a float tensor of any shape to its own grid, in as few passes over it as there can be.
 
         On a CPU the extremes of the tensor tell whether any value is clamped at all. Where none is, which with a free
@@ -105,9 +105,13 @@ class FixedPoint(Settings):
             x: Any float dtype.
             need_inside: Whether the mask of unclamped values is asked for.
             in_place: Write to ``x`` itself where its dtype is float32 or float64.
+            limit: A scalar tensor whose grid is taken in place of the tensor's own: a bound of its values.
         """
-        x = x.detach()
+        x = x.detach() if x.requires_grad else x
         values = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        if limit is not None:
+            grid = self.grid(limit)
+            return Rounded(*round_to_grid(values, grid, need_inside=need_inside), grid)
         if _fused.get() and values.dtype == torch.float32 and values.numel() > 1:
             return self._fused_round(values, need_inside=need_inside)
         out = values if in_place or values is not x else None
@@ -117,7 +121,7 @@ class FixedPoint(Settings):
             return Rounded(*round_to_grid(values, grid, need_inside=need_inside, out=out), grid)
         low, high = limits
         lsb = self._given_lsb() or _lsb_for(max(-low, high), self.bits)
-        grid = self._grid(torch.tensor(lsb, device=x.device))
+        grid = self._grid(torch.scalar_tensor(lsb, dtype=torch.float32, device=x.device))
         if grid.lo <= round(low / lsb) and round(high / lsb) <= grid.hi:
             return Rounded(_to_multiples(values, lsb, self.bits, out=out), None, grid)
         return Rounded(*round_to_grid(values, grid, need_inside=need_inside, out=out), grid)
@@ -148,10 +152,9 @@ class FixedPoint(Settings):
         given = self._given_lsb() or given
         if given is not None:
             return torch.full((), given, dtype=torch.float32, device=x.device)
-        low, high = torch.aminmax(x.detach())
-        largest = torch.maximum(-low, high)
+        largest = x.detach().abs().amax()
         largest = largest if x.dtype == torch.float64 else largest.float()
-        return (_power_above(largest) * 2.0 ** (1 - self.bits)).float()
+        return _step(largest, _below(largest.dtype) * 2.0 ** (1 - self.bits)).float()
 
     def fraction_length(self, x: Tensor) -> int:
         """Return l with LSB = 2^-l for a tensor of any shape (reads the value back from the device)."""
@@ -222,7 +225,7 @@ def round_to_grid(
         need_inside: Whether the mask is asked for.
         out: Where to write, ``x`` itself or a fresh tensor; None makes one.
     """
-    integers = torch.mul(x, grid.lsb.reciprocal(), out=out).round_()
+    integers = torch.div(x, grid.lsb, out=out).round_()
     if not need_inside:
         return integers.clamp_(grid.lo, grid.hi).mul_(grid.lsb), None
     clamped = integers.clamp(grid.lo, grid.hi)
@@ -273,28 +276,38 @@ def _compiled() -> Callable[..., Any]:
 
 @cache
 def _limits(bits: int, encoding: str, device: torch.device) -> Tensor:
-    """Return smallest and largest integer and the step of a range of 1; as numbers each would be compiled anew."""
+    """Return smallest and largest integer and the factor for `_step`; as numbers each would be compiled anew."""
     grid = FixedPoint(bits=bits, encoding=encoding)._grid(torch.empty(()))
-    return torch.tensor([grid.lo, grid.hi, 2.0 ** (1 - bits)], device=device)
+    return torch.tensor([grid.lo, grid.hi, _below(torch.float32) * 2.0 ** (1 - bits)], device=device)
 
 
 def _round_flat(
     x: Tensor, given: Tensor | None, limits: Tensor, need_inside: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return values, mask of unclamped ones if needed, and step of a float32 tensor [N], N > 1."""
-    lsb = _power_above(x.abs().amax()) * limits[2] if given is None else given
+    lsb = _step(x.abs().amax(), limits[2]) if given is None else given
     integers = torch.round(x * lsb.reciprocal())
     clamped = torch.minimum(torch.maximum(integers, limits[0]), limits[1])
     return clamped * lsb, clamped == integers if need_inside else None, lsb
 
 
-def _power_above(largest: Tensor) -> Tensor:
-    """Return the smallest power of two that is not below a magnitude, scalars on a device, without waiting for it."""
-    largest = largest.clamp_min(SMALLEST_RANGE)
-    # m = mantissa * 2^e with mantissa in [0.5, 1), so m / mantissa = 2^e exactly; a mantissa of 0.5 means that
-    # m is a power of two itself. A rounded log2 would be off by one just above powers of two.
-    mantissa, _ = torch.frexp(largest)
-    return torch.where(mantissa == 0.5, largest, largest / mantissa)
+def _step(largest: Tensor, below: Tensor | float) -> Tensor:
+    """Return the smallest power of two that is not below a magnitude, scaled, without waiting for the device.
+
+    Args:
+        largest: The magnitude, a float32 or float64 scalar; NaN or an infinity gives NaN.
+        below: 2^(1 - bits), by which it is scaled, times `_below`.
+    """
+    # m times (1 - half an epsilon) is the number next below m, of which 2^(e-1) <= x < 2^e finds the power for powers
+    # of two as well; a rounded log2 would be off by one there. mantissa * 2^e is exact, and so is the quotient 2^e.
+    scaled = largest.clamp_min(SMALLEST_RANGE) * below
+    mantissa, _ = torch.frexp(scaled)
+    return scaled / mantissa
+
+
+def _below(dtype: torch.dtype) -> float:
+    """Return the largest number below 1."""
+    return 1.0 - torch.finfo(dtype).eps / 2
 
 
 def _lsb_for(largest: float, bits: int) -> float:
@@ -328,11 +341,12 @@ def straight_through(x: Tensor, transform: Any) -> Tensor:
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, transform: Any) -> Tensor:
-        values, inside, blocked = transform(x.detach(), True)
+        given = x.detach()
+        values, inside, blocked = transform(given, True)
         ctx.save_for_backward(inside, blocked)
         last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         ctx.format = torch.channels_last if last else torch.contiguous_format
-        if values.data_ptr() == x.data_ptr() and x.numel():
+        if values is given:
             ctx.mark_dirty(x)
             return x
         return values.to(x.dtype)

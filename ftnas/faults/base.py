@@ -94,8 +94,9 @@ class Plan:
         """Number of values in the tensor that the plan is for."""
         return math.prod(self.shape)
 
+    @cached_property
     def valid(self) -> Tensor:
-        """Return which entries are hits and not padding: bool [K]."""
+        """Which entries are hits and not padding: bool [K]."""
         return self.sites < self.population
 
     @cached_property
@@ -107,7 +108,7 @@ class Plan:
 
     def hits(self) -> Tensor:
         """Return the number of units hit: an int64 scalar tensor, on the plan's device."""
-        return self.valid().sum()
+        return self.valid.sum()
 
     def to(self, device: torch.device) -> Plan:
         """Return the plan on another device."""
@@ -123,14 +124,13 @@ class Plan:
 
     def compact(self) -> Plan:
         """Return the plan without padding (waits for the device)."""
-        valid = self.valid()
-        return self if bool(valid.all()) else self.taken(valid)
+        return self if bool(self.valid.all()) else self.taken(self.valid)
 
     def values_hit(self) -> Tensor:
         """Return the row-major index of each value that is hit, int64 [K * span]; N for padding."""
         if self.whole and self.span == 1 and self.population == self.num_values:
             return self.sites
-        first = torch.where(self.valid(), self.sites * self.span % max(1, self.num_values), self.num_values)
+        first = torch.where(self.valid, self.sites * self.span % max(1, self.num_values), self.num_values)
         if self.span == 1:
             return first
         # the span of a padding entry would run past N: all of it is padding

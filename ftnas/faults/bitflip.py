@@ -10,7 +10,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from ftnas.faults.base import FAULTS, Fault, Plan, Site
-from ftnas.faults.memory import add_at_, positions, storage
+from ftnas.faults.memory import add_at_, hit_positions, storage
 from ftnas.faults.sampling import bernoulli_sites, persisting
 from ftnas.quantize import FixedPoint, FloatFormat, Frozen, Grid
 from ftnas.settings import Rate
@@ -104,11 +104,11 @@ def flip_fixed_(values: Tensor, plan: Plan, grid: Grid) -> Tensor:
     Flipping bit b of n adds 2^b where it is 0 and takes it where it is 1, and the other way round for the sign bit. So
     several flips of one word simply add up, exactly in float32 for words of up to 24 bits.
     """
-    bit, at = bit_rows(plan), positions(plan.values_hit(), values)
+    bit, at = bit_rows(plan), hit_positions(plan, values)
     word = (storage(values)[at].float() / grid.lsb).round().to(torch.int64)
     step = torch.where((word >> bit) & 1 == 1, -1, 1) << bit
     step = torch.where(bit == grid.bits - 1, -step, step)
-    return add_at_(values, at, step.to(torch.float32) * grid.lsb, plan.valid())
+    return add_at_(values, at, step.to(torch.float32) * grid.lsb, plan.valid)
 
 
 def flip_float_(values: Tensor, plan: Plan, word: torch.dtype) -> Tensor:
@@ -121,9 +121,9 @@ def flip_float_(values: Tensor, plan: Plan, word: torch.dtype) -> Tensor:
     shift = 16 if (word, dtype) == (torch.bfloat16, torch.float32) else 0
     held = values if word == dtype or shift else values.to(word)
     integers = storage(held).view(_WORDS[8 * held.element_size()])
-    bit, at = bit_rows(plan) + shift, positions(plan.values_hit(), held)
-    bit = torch.where(plan.valid(), bit, 0)
+    bit, at = bit_rows(plan) + shift, hit_positions(plan, held)
+    bit = torch.where(plan.valid, bit, 0)
     before = integers[at].to(torch.int64)
     step = torch.where((before >> bit) & 1 == 1, -1, 1) << bit
-    integers.index_add_(0, at, torch.where(plan.valid(), step, 0).to(integers.dtype))
+    integers.index_add_(0, at, torch.where(plan.valid, step, 0).to(integers.dtype))
     return values if held is values else values.copy_(held)

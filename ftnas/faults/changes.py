@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ftnas.faults.base import Fault, Plan, Site
-from ftnas.faults.memory import positions, storage
+from ftnas.faults.memory import hit_positions, storage
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Watch:
 
     def values(self, tensor: Tensor, plan: Plan) -> Tensor:
         """Return what a tensor holds at the values that a plan hits."""
-        return storage(tensor)[positions(plan.values_hit(), tensor)]
+        return storage(tensor)[hit_positions(plan, tensor)]
 
     def add(self, fault: Fault, site: Site, call: int, plan: Plan, before_after: Sequence[Tensor]) -> None:
         """Note one application of a plan."""

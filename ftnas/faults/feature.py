@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ftnas.faults.base import FAULTS, Fault, Plan, Site
 from ftnas.faults.bitflip import bit_rows, flip_fixed_, sample_flips
-from ftnas.faults.memory import add_at_, positions, storage
+from ftnas.faults.memory import add_at_, hit_positions, storage
 from ftnas.faults.sampling import bernoulli_sites, persisting, random_integers
 from ftnas.quantize import Grid
 from ftnas.settings import Rate
@@ -69,13 +69,13 @@ class MiBB(Fault):
         """Add the biases in place; see `Fault.apply_`."""
         if grid is None:
             raise ValueError("mibb needs fixed-point features: give a quantization")
-        at = positions(plan.sites, values, whole=plan.whole)
+        at = hit_positions(plan, values)
         before = storage(values).index_select(0, at)
         every = torch.arange(2 * grid.bits, device=values.device)  # what each code adds
         biases = ((1 - 2 * (every & 1)) << (every >> 1)).to(values.dtype) * grid.lsb
         after = biases.index_select(0, plan.codes).add_(before)
         after = after.clamp_(grid.lo * grid.lsb, grid.hi * grid.lsb)
-        return add_at_(values, at, after.sub_(before), None if plan.whole else plan.valid())
+        return add_at_(values, at, after.sub_(before), None if plan.whole else plan.valid)
 
 
 @FAULTS.register("feature_bit_flip")

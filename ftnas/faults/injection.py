@@ -22,10 +22,10 @@ from ftnas.faults.place import feature_site, weight_site
 from ftnas.faults.plans import PlanSet
 from ftnas.faults.record import InjectionRecord, Tally
 from ftnas.faults.select import LAYER_TYPES, find_layers, is_ours
-from ftnas.faults.stored import after_memory, is_stored, store_weight
+from ftnas.faults.stored import SharedWeights, after_memory, is_stored, store_weight
 from ftnas.faults.trace import Call, FeaturePoints, find_feature_points
 from ftnas.faults.variation import ReciprocalNormalVariation
-from ftnas.quantize import FixedPoint, FloatFormat, Grid, Rounded, round_to_grid, straight_through
+from ftnas.quantize import FixedPoint, FloatFormat, Grid, Rounded, straight_through
 
 
 class Injection:
@@ -35,7 +35,7 @@ class Injection:
         draw: Number of the next draw of soft faults. It grows by one with each faulty forward; a training loop sets
             it to its step, so that a resumed run meets the same faults.
         finding: Whether the feature points are being looked for, by a forward without faults or fixed point.
-        shared: Weights without faults that the forwards of one training step share; None outside `weights_shared`.
+        shared: What the forwards of one training step share of the weights; None outside `weights_shared`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Injection:
         watch: bool,
     ) -> None:
         self.draw = 0
-        self.shared: dict[str, Tensor] | None = None
+        self.shared: SharedWeights | None = None
         self._bounds = bounds
         self._model = model
         self._layers = find_layers(model)
@@ -127,12 +127,12 @@ class Injection:
 
     @contextmanager
     def weights_shared(self) -> Iterator[None]:
-        """Quantize each weight once for all forwards in the body, where no fault makes them differ.
+        """Quantize each weight once for all forwards in the body; faults hit copies.
 
         For several forwards of one training step whose losses are added up before one backward pass; weights must not
         change in the body.
         """
-        self.shared = {}
+        self.shared = SharedWeights()
         try:
             yield
         finally:
@@ -292,14 +292,15 @@ class Injection:
         """Return what the hardware reads for a weight that learns; called by the weight's parametrization."""
         weight, limit = clipped_weight(self._layers[layer], weight)
         site = weight_site(layer, self._layers[layer], weight, self._weight_format)
-        return self._store(weight, site, self._weight_format, (self._weights,), 0, limit=limit)
+        kept = None if self.shared is None else self.shared.rounded
+        return self._store(weight, site, self._weight_format, (self._weights,), 0, limit=limit, kept=kept)
 
     def stored(self, layer: str, weight: Tensor) -> tuple[Tensor, Grid | None]:
         """Return what the hardware holds for a weight without faults, and its grid."""
         form = self._weight_format
         weight, limit = clipped_weight(self._layers[layer], weight)
         if isinstance(form, FixedPoint):
-            values, _, grid = _rounded(form, weight, limit, need_inside=False)
+            values, _, grid = form.round(weight, need_inside=False, limit=limit)
             return values, grid
         return weight if form is None else form.rounded(weight), None
 
@@ -325,11 +326,12 @@ class Injection:
         index: int,
         ours: bool = False,
         limit: Tensor | None = None,
+        kept: dict[str, Rounded] | None = None,
     ) -> Tensor:
         """Return what is read back for a tensor that was stored: rounded to its format, and faulty.
 
         A grid in place of a format is where the tensor lies already. A tensor that is ``ours`` is written to. The range
-        of a dynamic format is ``limit``, or that of the values without one.
+        of a dynamic format is ``limit``, or that of the values without one. What is ``kept`` need not be rounded again.
         """
         # what a bound has clipped lies at the end of the range, and the bound has decided on its gradient
         bounded = limit is not None and (limit.requires_grad or weights_return(self._layers[site.layer]))
@@ -341,8 +343,16 @@ class Injection:
         def transform(values: Tensor, need_mask: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
             inside = blocked = None
             if isinstance(form, FixedPoint):
-                own_mask = need_mask and not bounded
-                out, inside, self._grid = _rounded(form, values, limit, need_inside=own_mask, in_place=ours)
+                rounded = None if kept is None else kept.get(site.layer)
+                if rounded is None:
+                    own_mask = need_mask and not bounded
+                    rounded = form.round(values, need_inside=own_mask, in_place=ours, limit=limit)
+                    if kept is not None and not active:
+                        kept[site.layer] = rounded
+                    out = rounded.values
+                else:
+                    out = rounded.values.clone()
+                inside, self._grid = rounded.inside, rounded.grid
             elif isinstance(form, FloatFormat):
                 out = form.rounded(values)
             else:
@@ -385,14 +395,3 @@ class Injection:
         self._tally.count(number, "nan", nan)
         if layer in self._reads_nan_as_zero:
             self._tally.count(number, "nan_zeroed", nan)
-
-
-def _rounded(
-    form: FixedPoint, x: Tensor, limit: Tensor | None, *, need_inside: bool, in_place: bool = False
-) -> Rounded:
-    """Round a tensor of any shape to the grid of a bound, or to its own without one; see `FixedPoint.round`."""
-    if limit is None:
-        return form.round(x, need_inside=need_inside, in_place=in_place)
-    grid, x = form.grid(limit), x.detach()
-    values = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    return Rounded(*round_to_grid(values, grid, need_inside=need_inside), grid)

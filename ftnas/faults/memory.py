@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ftnas.faults.base import Plan
+
 
 def storage(values: Tensor) -> Tensor:
     """Return the one-dimensional view over the memory of a dense tensor of any memory format."""
@@ -13,18 +15,31 @@ def storage(values: Tensor) -> Tensor:
     return values.as_strided((values.numel(),), (1,))
 
 
-def positions(sites: Tensor, values: Tensor, *, whole: bool = False) -> Tensor:
+def positions(sites: Tensor, values: Tensor) -> Tensor:
     """Translate row-major sites of a tensor into positions in `storage`, so that a plan fits any memory format.
 
-    Padding (sites equal to the number of values) becomes position 0; ``whole`` says that there is none.
+    Padding (sites equal to the number of values) becomes position 0.
     """
-    rest = sites if whole else torch.where(sites < values.numel(), sites, 0)
+    return _offsets(torch.where(sites < values.numel(), sites, 0), values)
+
+
+def hit_positions(plan: Plan, values: Tensor) -> Tensor:
+    """Return the position in `storage` of each value that a plan hits, int64 [K * span]; any position for padding."""
+    count = max(1, plan.num_values)
+    if plan.span > 1 or plan.population % count:
+        return positions(plan.values_hit(), values)
+    # the population is whole tensors, so that the remainder makes padding the first value
+    return _offsets(plan.sites if plan.whole and plan.population == count else plan.sites % count, values)
+
+
+def _offsets(sites: Tensor, values: Tensor) -> Tensor:
+    """Return the positions in `storage` of row-major sites of a tensor."""
     if values.is_contiguous():
-        return rest
-    offset = torch.zeros_like(rest)
+        return sites
+    offset = torch.zeros_like(sites)
     for size, stride in zip(reversed(values.shape), reversed(values.stride()), strict=True):
-        offset += (rest % size) * stride
-        rest = rest // size
+        offset += (sites % size) * stride
+        sites = sites // size
     return offset
 
 

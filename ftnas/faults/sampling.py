@@ -43,19 +43,19 @@ def bernoulli_sites(population: int, rate: float, *, generator: torch.Generator)
     length = min(population, int(expected + 8.0 * math.sqrt(expected) + 32.0))
     sites = _walk(-1, length, rate, population, generator)
     if device.type != "cpu":
-        return sites.clamp_(max=population)
+        return sites
     while int(sites[-1]) < population - 1:
         sites = torch.cat([sites, _walk(int(sites[-1]), length, rate, population, generator)])
     return sites[: int(torch.searchsorted(sites, population))]
 
 
 def _walk(last: int, length: int, rate: float, population: int, generator: torch.Generator) -> Tensor:
-    """Return the next ``length`` hits after site ``last``, some of them past the population; int64."""
+    """Return the next ``length`` hits after site ``last``, those past the population as ``population``; int64."""
     # not exponential_(): its numbers depend on the maker of the CPU (on some it asks MKL), and it is slower
     uniform = torch.rand(length, dtype=torch.float64, generator=generator, device=generator.device)
     gaps = uniform.neg_().log1p_().mul_(1.0 / math.log1p(-rate)).floor_()
-    # a gap of a very small rate may be longer than any integer holds; past the end is past the end
-    return gaps.clamp_(max=float(population)).add_(1.0).cumsum(0).add_(float(last)).to(torch.int64)
+    # a gap of a very small rate may be longer than any integer holds
+    return gaps.add_(1.0).cumsum(0).add_(float(last)).clamp_(max=float(population)).to(torch.int64)
 
 
 def random_integers(high: int, length: int, *, generator: torch.Generator) -> Tensor:

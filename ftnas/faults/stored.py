@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ftnas.quantize import Grid
+from ftnas.quantize import Grid, Rounded
 from ftnas.saturated import after_memory, inner_name, plain_name
+
+
+@dataclass
+class SharedWeights:
+    """What the forwards of one training step share, by layer.
+
+    Attributes:
+        clean: What is read without faults.
+        rounded: The same as it was rounded, which a faulty copy starts from.
+    """
+
+    clean: dict[str, Tensor] = field(default_factory=dict)
+    rounded: dict[str, Rounded] = field(default_factory=dict)
 
 
 class Reader(Protocol):
     """What knows how the hardware holds weights: the injection."""
 
     finding: bool
-    shared: dict[str, Tensor] | None
+    shared: SharedWeights | None
 
     def weight(self, layer: str, weight: Tensor) -> Tensor:
         """Return what is read for a weight that learns; same shape and dtype, gradients pass."""
@@ -71,9 +85,9 @@ class StoredWeight(nn.Module):
         shared = self._reader.shared
         if shared is None or self._reader.weight_state(self._layer) is not None:
             return self._reader.weight(self._layer, weight)
-        if self._layer not in shared:
-            shared[self._layer] = self._reader.weight(self._layer, weight)
-        return shared[self._layer]
+        if self._layer not in shared.clean:
+            shared.clean[self._layer] = self._reader.weight(self._layer, weight)
+        return shared.clean[self._layer]
 
 
 def is_stored(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ftnas.faults.base import FAULTS, Fault, Plan, Site
 from ftnas.faults.bitflip import bit_rows
-from ftnas.faults.memory import add_at_, positions, storage
+from ftnas.faults.memory import add_at_, hit_positions, storage
 from ftnas.faults.sampling import bernoulli, bernoulli_sites, persisting
 from ftnas.quantize import Grid
 from ftnas.settings import Rate, parse
@@ -97,9 +97,9 @@ class AdSAF(_StuckAt):
             raise ValueError("adsaf needs fixed-point weights: give a quantization")
         bound = (grid.bound if self.stuck_at == "range" else values.abs().amax()).to(values.dtype)
         stuck = plan.codes.to(values.dtype) * bound
-        at = positions(plan.values_hit(), values, whole=plan.whole)
+        at = hit_positions(plan, values)
         before = storage(values).index_select(0, at)
-        valid = None if plan.whole else plan.valid()
+        valid = None if plan.whole else plan.valid
         if self.cells == "logical":
             return add_at_(values, at, torch.where(before < 0, -stuck, stuck) - before, valid)
         negative = plan.sites >= values.numel()
@@ -136,9 +136,9 @@ class BitAdSAF(_StuckAt):
         """Set the stuck bits in place; see `Fault.apply_`."""
         if grid is None:
             raise ValueError("bit_adsaf needs fixed-point weights: give a quantization")
-        bit, at = bit_rows(plan), positions(plan.values_hit(), values)
+        bit, at = bit_rows(plan), hit_positions(plan, values)
         before = storage(values)[at]
         magnitude = (before.float().abs() / grid.lsb).round().to(torch.int64)
         step = (plan.codes - ((magnitude >> bit) & 1)) << bit  # several stuck bits of one weight add up
         step = torch.where(before < 0, -step, step)
-        return add_at_(values, at, step.to(torch.float32) * grid.lsb, plan.valid())
+        return add_at_(values, at, step.to(torch.float32) * grid.lsb, plan.valid)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ftnas.faults.base import FAULTS, Fault, Plan, Site
-from ftnas.faults.memory import positions, set_at_, storage
+from ftnas.faults.memory import hit_positions, set_at_, storage
 from ftnas.quantize import Grid
 
 FLOOR = 0.01
@@ -56,8 +56,8 @@ class _Variation(Fault):
         if len(plan.sites) == values.numel() and plan.at_risk is None and values.is_contiguous():
             storage(values).mul_(factor.to(values.dtype))
             return values
-        at = positions(plan.values_hit(), values)
-        return set_at_(values, at, storage(values)[at] * factor.to(values.dtype), plan.valid())
+        at = hit_positions(plan, values)
+        return set_at_(values, at, storage(values)[at] * factor.to(values.dtype), plan.valid)
 
 
 @FAULTS.register("log_normal_variation")
@@ -88,4 +88,4 @@ class ReciprocalNormalVariation(_Variation):
     def floored(self, plan: Plan) -> Tensor:
         """Return how many cells of a plan are floored: an int64 scalar tensor, on the plan's device."""
         low = (1.0 + self.sigma * plan.codes).abs() < FLOOR
-        return (low & plan.valid()).sum()
+        return (low & plan.valid).sum()

@@ -36,7 +36,7 @@ def restrict(plan: Plan, site: Site, fault: Fault, *, only: Where | None, never:
     place = value % site.map_size
     num_bits = len(allowed)
     bit = fault.bits_hit(plan).clamp_max(num_bits - 1) if fault.num_bits(site) is not None else torch.zeros_like(value)
-    keep = plan.valid() & elsewhere[bit, channel, place]
+    keep = plan.valid & elsewhere[bit, channel, place]
     at_risk, rate = _remaining(plan, allowed)
     kept = (
         plan.taken(keep)

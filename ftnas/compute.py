@@ -25,11 +25,13 @@ class Compute(Settings):
         channels_last: Hold maps and kernels with the channels innermost.
         autocast: ``bf16`` computes convolutions and Linear layers in bfloat16; None in float32.
         fused_rounding: Round by kernels that torch.compile fuses, to the same values. For GPUs: it slows a CPU.
+        cuda_graph: Replay the step of a fixed network as one CUDA graph, with the same results. For GPUs alone.
     """
 
     channels_last: bool = False
     autocast: Literal["bf16"] | None = None
     fused_rounding: bool = False
+    cuda_graph: bool = False
 
     def prepare(self, model: nn.Module) -> None:
         """Put a model's kernels into the memory format; the parameters stay the same objects."""
@@ -61,3 +63,14 @@ class Compute(Settings):
                 f"{name}.autocast=bf16 holds words of up to {_BF16_BITS} bits exactly, and the quantization has "
                 f"{bits}; set autocast to null or use fewer bits"
             )
+
+    def check_graph(self, device: torch.device, name: str, *, obstacle: str | None) -> None:
+        """Refuse a CUDA graph of what cannot be one.
+
+        Raises:
+            ValueError: No CUDA device, or an ``obstacle``.
+        """
+        if self.cuda_graph and obstacle is not None:
+            raise ValueError(f"{name}.cuda_graph replays steps, but {obstacle}; set it to false")
+        if self.cuda_graph and device.type != "cuda":
+            raise ValueError(f"{name}.cuda_graph needs a CUDA device, and this runs on {device}; set it to false")

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ftnas import devices
 from ftnas.settings import Settings
 
 SMALLEST_RANGE = 1e-5
@@ -318,7 +319,7 @@ def _lsb_for(largest: float, bits: int) -> float:
 
 def _extremes(x: Tensor) -> tuple[float, float] | None:
     """Return the smallest and the largest value where reading them waits for nothing; None if not, or not finite."""
-    if x.device.type != "cpu" or x.numel() == 0:
+    if not devices.is_readable(x.device) or x.numel() == 0:
         return None
     low, high = (float(value) for value in torch.aminmax(x.detach()))
     return (low, high) if -_LARGEST < low and high < _LARGEST else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from ftnas.data import ImageSet
 from ftnas.evaluate import Forward, answers
 from ftnas.faults import Injection
 from ftnas.faults.hardware import Hardware
+from ftnas.graphs import WARM_UP, CudaGraph, Graph, GraphedStep
 from ftnas.models import check_state
 from ftnas.progress import track
 from ftnas.ranks import Ranks
@@ -143,7 +144,12 @@ def fit(
     scheduler = config.scheduler(optimizer, config.epochs)
     history = folder.journal(HISTORY)
     first = _restore(folder, model, optimizer, scheduler)
+    device = next(model.parameters()).device
     config.compute.check(hardware.quantization, "train.compute")
+    steps = images.num_images // config.batch_size
+    obstacle = f"an epoch has {steps}, of which the first {WARM_UP} never are" if steps <= WARM_UP else None
+    obstacle = "regularizers draw outside of it" if config.regularizers else obstacle
+    config.compute.check_graph(device, "train.compute", obstacle=obstacle)
     extras = Regularization(config.regularizers, model) if config.regularizers else None
     loss = FaultTolerantLoss(
         model,
@@ -224,14 +230,16 @@ def _epoch(
     batches = images.batches(config.batch_size, seed=seed, epoch=epoch, augment=config.augment, drop_last=True)
     with injection, nullcontext() if extras is None else extras.attached():
         parameters = list(model.parameters())
+        graph = CudaGraph() if config.compute.cuda_graph else None
+        gradients = gradients_by(model, loss, injection, parameters, graph=graph)
         for step, (x, y) in enumerate(batches):
-            injection.draw = draw = epoch * num_steps + step
+            draw = epoch * num_steps + step
             if extras is not None:
                 extras.step(generator(seed, "regularizers", draw, device=device))
-            losses = loss(model, injection, x, y)
-            descend(losses.total, parameters, optimizer, config.grad_clip)
+            losses = gradients(x, y, draw)
+            move(parameters, optimizer, config.grad_clip)
             added = [losses.penalties[name] for name in names]
-            sums += torch.stack([losses.total.detach(), losses.clean, losses.faulty, *added])
+            sums += torch.stack([losses.total, losses.clean, losses.faulty, *added])
     total, clean, faulty, *penalties = finite_means(sums, num_steps, where=f"epoch {epoch}")
     record = injection.record
     found = {"penalties": dict(zip(names, penalties, strict=True))} if names else {}
@@ -245,6 +253,33 @@ def _epoch(
         "sites": record.sites,
         **found,
     }
+
+
+def gradients_by(
+    model: nn.Module,
+    loss: FaultTolerantLoss,
+    injection: Injection,
+    parameters: Sequence[nn.Parameter],
+    *,
+    graph: Graph | None = None,
+) -> Callable[[Tensor, Tensor, int], Losses]:
+    """Return what makes the gradients of a fixed network, from images, labels and the number of the draw of faults.
+
+    With a graph the steps after the first few are replayed; see `GraphedStep`.
+    """
+
+    def step(images: Tensor, labels: Tensor) -> Losses:
+        for parameter in parameters:
+            parameter.grad = None
+        losses = loss(model, injection, images, labels)
+        losses.total.backward()
+        return replace(losses, total=losses.total.detach())
+
+    def at_once(images: Tensor, labels: Tensor, draw: int) -> Losses:
+        injection.draw = draw
+        return step(images, labels)
+
+    return at_once if graph is None else GraphedStep(step, injection, graph)
 
 
 def descend(
@@ -262,6 +297,11 @@ def descend(
     loss.backward()
     if ranks is not None:
         ranks.average_gradients(parameters)
+    move(parameters, optimizer, grad_clip)
+
+
+def move(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, grad_clip: float | None) -> None:
+    """Take one optimizer step along gradients that are there."""
     if grad_clip is not None:
         nn.utils.clip_grad_norm_(parameters, grad_clip)
     optimizer.step()

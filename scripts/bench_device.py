@@ -2,10 +2,10 @@
 
 The steps are those of the shipped configs: one of the shared weights and one candidate of the search
 `w-ftt-nas-cifar10` (a random genotype each), one of each final training of Table 5, one faulty batch of the campaign.
-Images are random. Every variant of `compute` that is asked for runs the same steps.
+Images are random. Every variant of `compute` that is asked for runs the same steps; `graph` is of final trainings.
 
     python scripts/bench_device.py --device cuda --json device.json
-    python scripts/bench_device.py --device cuda --compute plain channels_last+bf16 channels_last+bf16+fused
+    python scripts/bench_device.py --device cuda --compute plain channels_last+bf16+fused channels_last+bf16+fused+graph
     python scripts/bench_device.py --device cpu --seconds 1 --only search
     python scripts/bench_device.py --device cpu --pixels 8 --batch 2    # what the host takes to issue a step, mostly
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import platform
 import statistics
@@ -32,12 +33,13 @@ from ftnas.compute import Compute
 from ftnas.config import RunConfig, read_config
 from ftnas.evaluate import score
 from ftnas.faults.hardware import Hardware
+from ftnas.graphs import WARM_UP, CudaGraph
 from ftnas.heap import keep_memory
 from ftnas.models import build
 from ftnas.recipe import SgdConfig
 from ftnas.rng import generator, isolated
 from ftnas.space import Genotype, Supernet, load_space
-from ftnas.train import FaultTolerantLoss, descend
+from ftnas.train import FaultTolerantLoss, descend, gradients_by, move
 
 IMAGES, CLASSES = 50_000, 10
 SEARCH = "w-ftt-nas-cifar10"
@@ -47,7 +49,12 @@ TRAININGS = {
     "VGG-16": ("train-vgg16-adsaf", "vgg16"),
     "MobileNet-V2": ("train-mobilenet-v2-adsaf", "mobilenet_v2"),
 }
-COMPUTE = {"channels_last": {"channels_last": True}, "bf16": {"autocast": "bf16"}, "fused": {"fused_rounding": True}}
+COMPUTE = {
+    "channels_last": {"channels_last": True},
+    "bf16": {"autocast": "bf16"},
+    "fused": {"fused_rounding": True},
+    "graph": {"cuda_graph": True},
+}
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,8 @@ class Bench:
         labels = torch.randint(0, CLASSES, (num_images,), generator=self._stream)
         return images.to(self._device), labels.to(self._device)
 
-    def _training(self, model: nn.Module, recipe: SgdConfig, hardware: Hardware) -> Callable[[Any], None]:
-        """Return one step of a training as a function of the forward."""
+    def _searching(self, model: nn.Module, recipe: SgdConfig, hardware: Hardware) -> Callable[[Any], None]:
+        """Return one step of the shared weights as a function of the forward."""
         injection = self._stack.enter_context(hardware.inject(model, seed=0, errors="soft", draw_on="device"))
         loss = FaultTolerantLoss(model, alpha_l=recipe.alpha_l, compute=self._compute)
         optimizer, parameters = recipe.optimizer(model), list(model.parameters())
@@ -86,6 +93,22 @@ class Bench:
 
         def step(forward: Any) -> None:
             descend(loss(forward, injection, images, labels).total, parameters, optimizer, recipe.grad_clip)
+
+        return step
+
+    def _training(self, model: nn.Module, recipe: SgdConfig, hardware: Hardware) -> Callable[[], None]:
+        """Return one step of a final training."""
+        injection = self._stack.enter_context(hardware.inject(model, seed=0, errors="soft", draw_on="device"))
+        loss = FaultTolerantLoss(model, alpha_l=recipe.alpha_l, compute=self._compute)
+        optimizer, parameters = recipe.optimizer(model), list(model.parameters())
+        graph = CudaGraph() if self._compute.cuda_graph else None
+        gradients = gradients_by(model, loss, injection, parameters, graph=graph)
+        images, labels = self._batch(recipe.batch_size)
+        draws = itertools.count()
+
+        def step() -> None:
+            gradients(images, labels, next(draws))
+            move(parameters, optimizer, recipe.grad_clip)
 
         return step
 
@@ -97,7 +120,7 @@ class Bench:
         space = load_space(stage.space)
         with isolated(0, "bench-device"):
             trained, scored = (Supernet(space, num_classes=CLASSES).to(self._device) for _ in range(2))
-        step = self._training(trained, stage.weights, config.hardware)
+        step = self._searching(trained, stage.weights, config.hardware)
         scored.eval()
         injection = self._stack.enter_context(config.hardware.inject(scored, seed=0, errors="soft"))
         batch = stage.controller_batch or stage.weights.batch_size
@@ -135,9 +158,7 @@ class Bench:
             for _ in range(2)
         )
         step = self._training(model.train(), recipe, config.hardware)
-        yield Job(
-            name, "training", partial(step, model), recipe.batch_size, recipe.epochs * (IMAGES // recipe.batch_size)
-        )
+        yield Job(name, "training", step, recipe.batch_size, recipe.epochs * (IMAGES // recipe.batch_size))
         evaluated.eval()
         self._stack.enter_context(config.hardware.inject(evaluated, seed=0, errors="hard"))
         images, _ = self._batch(campaign.batch_size)
@@ -151,13 +172,12 @@ class Bench:
 
 
 def seconds_of(job: Job, device: torch.device, *, limit: float) -> list[float]:
-    """Return the seconds of single steps, after three that warm up, for about ``limit`` seconds.
+    """Return the seconds of single steps, after some that warm up, for about ``limit`` seconds.
 
-    On one thread of a CPU these are seconds of the process, so that other work on the machine counts little.
+    On a CPU these are seconds of the process, one thread, so that other work on the machine counts little.
     """
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
-    for _ in range(3):
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    for _ in range(WARM_UP + 1):
         job.step()
     found: list[float] = []
     end = time.perf_counter() + limit
@@ -218,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compute", nargs="+", default=["plain"], metavar="VARIANT",
-                        help="plain, or channels_last, bf16 and fused joined by + (default: plain)")  # fmt: skip
+                        help="plain, or channels_last, bf16, fused and graph joined by + (default: plain)")  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=["search", *TRAININGS], help="(default: all)")
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="of each kind of step, after warming up (default: 5)"
@@ -230,10 +250,14 @@ def main() -> None:
     try:
         device, variants = torch.device(options.device), {name: variant(name) for name in options.compute}
         torch.zeros(1, device=device)
-    except (argparse.ArgumentTypeError, RuntimeError, AssertionError) as error:
+        for name, compute in variants.items():
+            compute.check_graph(device, name, obstacle=None)
+    except (argparse.ArgumentTypeError, RuntimeError, AssertionError, ValueError) as error:
         parser.error(str(error).splitlines()[0])
     keep_memory()
     on_gpu = device.type == "cuda"
+    if not on_gpu:
+        torch.set_num_threads(1)
     machine = (
         torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )

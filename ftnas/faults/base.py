@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from ftnas import devices
 from ftnas.quantize import FixedPoint, FloatFormat, Grid
 from ftnas.registry import Registry
 from ftnas.settings import Settings, parse
@@ -102,7 +103,7 @@ class Plan:
     @cached_property
     def whole(self) -> bool:
         """Whether it is known, without waiting for a device, that no entry is padding."""
-        if self.sites.device.type != "cpu":
+        if not devices.is_readable(self.sites.device):
             return False
         return len(self.sites) == 0 or int(self.sites.amax()) < self.population
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from ftnas.faults.base import Fault, Plan, Site, Where
 from ftnas.faults.where import restrict
-from ftnas.rng import Label, generator
+from ftnas.rng import Label, generator, seed_for
 
 DrawOn = Literal["cpu", "device"]
 Key = tuple[int, str, int]
@@ -38,6 +39,12 @@ class Drawing:
     """The plans of one kind of tensor, keyed by seed, fault, draw, layer and call.
 
     Kept are hard plans, and the last one of each weight, which may be read more than once in a forward.
+
+    Attributes:
+        placed: The fault models.
+        hard: Whether one draw is for always.
+        given: Plans in place of draws.
+        sites: The tensors met so far.
     """
 
     def __init__(
@@ -57,7 +64,9 @@ class Drawing:
         self._seed = seed
         self._on_device = draw_on == "device"
         self._kept: dict[Key, tuple[Label, Plan]] = {}
+        self._streams: dict[Key, torch.Generator] = {}
         self._layers = frozenset().union(*(p.layers for p in placed))
+        self._seeded = False
 
     def __bool__(self) -> bool:
         return bool(self.placed)
@@ -97,6 +106,25 @@ class Drawing:
                 self._last[key] = (draw, fresh)
             yield placed, plan.to(device), fresh
 
+    def streams(self) -> list[torch.Generator]:
+        """Return the generators that plans were drawn from so far."""
+        return list(self._streams.values())
+
+    def seed(self, draw: int) -> None:
+        """Bring the generators of all plans drawn so far to the beginning of a draw."""
+        names = {placed.number: placed.fault.name for placed in self.placed}
+        for (number, layer, call), stream in self._streams.items():
+            stream.manual_seed(seed_for(self._seed, names[number], number, draw, layer, call))
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Draw in the body from the generators as they are, since a graph that is captured cannot seed them."""
+        self._seeded = True
+        try:
+            yield
+        finally:
+            self._seeded = False
+
     def _drawn(self, placed: Placed, key: Key, site: Site, draw: int, device: torch.device) -> tuple[Plan, Plan | None]:
         fault = placed.fault
         when: Label = "device" if self.hard else draw
@@ -105,10 +133,7 @@ class Drawing:
         kept, plan = self._kept.get(key, (None, None))
         fresh = None
         if plan is None or kept != when:
-            stream = generator(
-                self._seed, fault.name, placed.number, when, site.layer, key[2],
-                device=device if self._on_device else "cpu",
-            )  # fmt: skip
+            stream = self._stream(placed, key, when, device if self._on_device else torch.device("cpu"))
             plan = fault.sample(sampled, generator=stream)
             plan = fresh = restrict(plan, sampled, fault, only=fault.where, never=placed.never.get(site.layer, ()))
             plan = plan.to(device)
@@ -117,6 +142,16 @@ class Drawing:
         if plan.shape != sampled.shape:
             raise ValueError(f"{site.layer!r}: a defect map fits one shape, {plan.shape}, got {sampled.shape}")
         return (plan.repeated(site.shape[0]) if one else plan), fresh
+
+    def _stream(self, placed: Placed, key: Key, when: Label, device: torch.device) -> torch.Generator:
+        """Return the generator of a draw at its beginning; the same object for all draws of a key."""
+        labels = (placed.fault.name, placed.number, when, key[1], key[2])
+        stream = self._streams.get(key)
+        if stream is None or stream.device != device:
+            self._streams[key] = stream = generator(self._seed, *labels, device=device)
+        elif not self._seeded:
+            stream.manual_seed(seed_for(self._seed, *labels))
+        return stream
 
     def _given(self, placed: Placed, key: Key, site: Site) -> tuple[Plan, Plan | None] | None:
         assert self.given is not None
@@ -131,6 +166,29 @@ class Drawing:
         if plan.shape == site.shape[1:] and placed.fault.target == "feature":
             return plan.repeated(site.shape[0]), fresh
         raise ValueError(f"{site.layer!r}: the plan is for the shape {plan.shape}, the tensor has {site.shape}")
+
+
+class Drawings(NamedTuple):
+    """The plans of all tensors of a model, by what they are for."""
+
+    weights: Drawing
+    features: Drawing
+    buffers: Drawing
+
+    def last(self, draw: int) -> dict[Key, Plan]:
+        """Return the plans in force, on the CPU and without padding, by number of the fault model; see `Drawing`."""
+        found: dict[Key, Plan] = {}
+        for drawing in self:
+            found |= {key: plan.to(torch.device("cpu")).compact() for key, plan in drawing.last(draw).items()}
+        return dict(sorted(found.items(), key=lambda item: item[0][0]))
+
+    def sites(self) -> dict[Key, tuple[Site, Placed]]:
+        """Return the tensors that faults have met so far: what each is, and what of it the fault model can hit."""
+        found: dict[Key, tuple[Site, Placed]] = {}
+        for drawing in self:
+            placed = {entry.number: entry for entry in drawing.placed}
+            found |= {key: (site, placed[key[0]]) for key, site in drawing.sites.items()}
+        return found
 
 
 def _check_words(plan: Plan, fault: Fault, site: Site) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 
 from ftnas.faults.base import Fault
-from ftnas.faults.drawing import Drawing, DrawOn
+from ftnas.faults.drawing import Drawing, Drawings, DrawOn
 from ftnas.faults.injection import Injection
 from ftnas.faults.outage import NodeDown, Outages
 from ftnas.faults.place import Protect, check, check_bounds, place, weight_format
@@ -89,10 +89,10 @@ def inject(
             weight_format(None if quantization is None else quantization.weights, faults),
             None if quantization is None else quantization.features,
         ),
-        drawings=(
-            drawing("weight", "point", errors != "soft"),
-            drawing("feature", "point", errors == "hard"),
-            drawing("feature", "buffer", errors == "hard"),
+        drawings=Drawings(
+            weights=drawing("weight", "point", errors != "soft"),
+            features=drawing("feature", "point", errors == "hard"),
+            buffers=drawing("feature", "buffer", errors == "hard"),
         ),
         outages=Outages(
             model,

@@ -15,7 +15,7 @@ from ftnas.faults.activation import ActivationMode
 from ftnas.faults.base import Fault, Plan, Site
 from ftnas.faults.bounds import FEATURE, WEIGHT, bound_of, clipped_weight, rule_of, saturated, weights_return
 from ftnas.faults.changes import Change, Watch
-from ftnas.faults.drawing import Drawing, Key, Placed
+from ftnas.faults.drawing import Drawing, Drawings, Key, Placed
 from ftnas.faults.memory import count_distinct, mark, positions, restrict_range, storage
 from ftnas.faults.outage import Outages
 from ftnas.faults.place import feature_site, weight_site
@@ -36,6 +36,9 @@ class Injection:
             it to its step, so that a resumed run meets the same faults.
         finding: Whether the feature points are being looked for, by a forward without faults or fixed point.
         shared: What the forwards of one training step share of the weights; None outside `weights_shared`.
+        drawings: Where plans come from.
+        tally: What was hit so far, as it is counted.
+        outages: Nodes that may be down.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class Injection:
         faults: Sequence[Fault],
         *,
         formats: tuple[FixedPoint | FloatFormat | None, FixedPoint | None],
-        drawings: tuple[Drawing, Drawing, Drawing],
+        drawings: Drawings,
         outages: Outages,
         bounds: Mapping[str, float],
         mask_gradients: bool,
@@ -57,14 +60,15 @@ class Injection:
         self._layers = find_layers(model)
         self._faults = tuple(faults)
         self._weight_format, self._feature_format = formats
+        self.drawings = drawings
         self._weights, self._features, self._buffers = drawings
-        self._outages = outages
+        self.outages = outages
         self._buffer_format = (
             self._feature_format if any(p.fault.needs_quantization for p in self._buffers.placed) else None
         )
         self._mask_gradients = mask_gradients
         self._watch = Watch() if watch else None
-        self._tally = Tally(faults)
+        self.tally = Tally(faults)
         self._reads_nan_as_zero: frozenset[str] = frozenset()
         self._activations = ActivationMode(self._after_activation) if self._buffers else None
         self.finding = self._paused = self._running = self._ran = self._ran_faulty = False
@@ -77,32 +81,23 @@ class Injection:
     @property
     def record(self) -> InjectionRecord:
         """What was hit so far: layers, sites, hits and realised rates of each fault model."""
-        return self._tally.record()
+        return self.tally.record()
 
     def plans(self) -> PlanSet:
         """Return the plans in force: those of the device for hard errors, of the last faulty forward for soft ones."""
-        if self._outages:
+        if self.outages:
             raise ValueError("node_down has no plans that could be kept; its draws follow from the seed alone")
-        found: dict[Key, Plan] = {}
-        for drawing in (self._weights, self._features, self._buffers):
-            found |= {
-                key: plan.to(torch.device("cpu")).compact() for key, plan in drawing.last(self._faulty_draw).items()
-            }
-        return PlanSet(self._faults, dict(sorted(found.items(), key=lambda item: item[0][0])))
+        return PlanSet(self._faults, self.drawings.last(self._faulty_draw))
 
     def sites(self) -> dict[Key, tuple[Site, Placed]]:
         """Return the tensors that faults have met so far: what each is, and what of it the fault model can hit."""
-        found: dict[Key, tuple[Site, Placed]] = {}
-        for drawing in (self._weights, self._features, self._buffers):
-            placed = {entry.number: entry for entry in drawing.placed}
-            found |= {key: (site, placed[key[0]]) for key, site in drawing.sites.items()}
-        return found
+        return self.drawings.sites()
 
     def replay(self, plans: PlanSet) -> None:
         """Use other plans from the next forward on, in an injection that was made with plans of the same faults."""
         if plans.faults != self._faults or self._weights.given is None:
             raise ValueError("replay takes plans of the fault models that the injection was made with, by plans=")
-        for drawing in (self._weights, self._features, self._buffers):
+        for drawing in self.drawings:
             drawing.replay(plans.plans)
         self._replays += 1
 
@@ -162,7 +157,7 @@ class Injection:
         if not self._ran:
             warnings.warn("the model never ran inside inject(...): nothing was hit", stacklevel=2)
         if self._ran_faulty:
-            self._tally.check()
+            self.tally.check()
 
     def _attach(self) -> None:
         root, undo = self._model, self._undo
@@ -176,7 +171,7 @@ class Injection:
                 undo.append(store_weight(module, self, name))
             later = {name: after_memory(module) for name, module in self._layers.items()}
             self._reads_nan_as_zero = frozenset(name for name, entry in later.items() if entry and entry.zeroes_nan)
-        undo += self._outages.attach(self._outage_draw, self._tally.add)
+        undo += self.outages.attach(self._outage_draw, self.tally.add)
         if self._activations is not None:
             undo.append(root.register_forward_hook(self._check_met).remove)
         # last, so that a root that is a layer itself is still running when its feature point is met
@@ -266,7 +261,7 @@ class Injection:
         if limit is not None:
             rule = rule_of(self._layers[layer])
             if rule.zeroes_nan:
-                self._tally.count_feature_nan(feature)
+                self.tally.count_feature_nan(feature)
             feature, ours = saturated(feature, limit, rule), False
         site = feature_site(layer, self._layers[layer], feature, self._feature_format)
         if self._activations is None or not self._points[self._model.training].activated(call):
@@ -379,19 +374,19 @@ class Injection:
             if self._watch is not None and before is not None:
                 self._watch.add(fault, site, index, plan, (before, self._watch.values(out, plan)))
             if fresh is not None:
-                self._tally.add(placed.number, site.layer, fresh)
+                self.tally.add(placed.number, site.layer, fresh)
                 if fault.target == "weight" and grid is None:
                     self._count_odd(placed.number, site.layer, plan, out)
                 if isinstance(fault, ReciprocalNormalVariation):
-                    self._tally.count(placed.number, "floored", fault.floored(fresh))
+                    self.tally.count(placed.number, "floored", fault.floored(fresh))
         return plans
 
     def _count_odd(self, number: int, layer: str, plan: Plan, out: Tensor) -> None:
         """Count the weights that a plan turned into NaN or an infinity; a word may be hit in several bits."""
         at = positions(plan.values_hit(), out)
         hit, found = plan.values_hit() < plan.num_values, storage(out)[at]
-        self._tally.count(number, "nonfinite", count_distinct(at, ~found.isfinite() & hit))
+        self.tally.count(number, "nonfinite", count_distinct(at, ~found.isfinite() & hit))
         nan = count_distinct(at, found.isnan() & hit)
-        self._tally.count(number, "nan", nan)
+        self.tally.count(number, "nan", nan)
         if layer in self._reads_nan_as_zero:
-            self._tally.count(number, "nan_zeroed", nan)
+            self.tally.count(number, "nan_zeroed", nan)

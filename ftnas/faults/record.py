@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ftnas import devices
 from ftnas.faults.base import Fault, Plan
 
 SURELY_HIT = 20.0
@@ -82,7 +83,7 @@ class InjectionRecord(LayerHits):
 
 
 class Tally:
-    """Adds up plans as they are drawn."""
+    """Adds up plans as they are drawn; on a device in place, so that a graph of a step adds whenever it is replayed."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self._faults = list(faults)
@@ -95,19 +96,35 @@ class Tally:
 
         On a CPU plans hold no padding; elsewhere the count stays on the device.
         """
-        hits: Tensor | int = len(plan.sites) if plan.sites.device.type == "cpu" else plan.hits()
+        readable = devices.is_readable(plan.sites.device)
         sums = self._sums[fault]
-        sites, expected, before = sums.get(layer, (0, 0.0, 0))
-        sums[layer] = (sites + plan.num_at_risk, expected + plan.num_at_risk * plan.rate, before + hits)
+        sites, expected, hits = sums.get(layer, (0, 0.0, 0))
+        hits += len(plan.sites) if readable else plan.hits()
+        sums[layer] = (sites + plan.num_at_risk, expected + plan.num_at_risk * plan.rate, hits)
 
     def count(self, fault: int, what: str, number: Tensor) -> None:
         """Add a scalar tensor to a fault model's ``nonfinite``, ``nan`` and the like; it stays on the device."""
         odd = self._odd[fault]
-        odd[what] = number if what not in odd else odd[what] + number
+        if what in odd:
+            odd[what] += number
+        else:
+            odd[what] = number.clone()
 
     def count_feature_nan(self, feature: Tensor) -> None:
         """Count the NaN of features of any shape; the count stays on the device."""
-        self._features_zeroed = self._features_zeroed + feature.detach().isnan().sum()
+        self._features_zeroed += feature.detach().isnan().sum()
+
+    def at_risk(self) -> list[dict[str, tuple[int, float]]]:
+        """Return the sums that are not on a device, by fault model and layer: units at risk, expected hits."""
+        return [{layer: (sites, expected) for layer, (sites, expected, _) in sums.items()} for sums in self._sums]
+
+    def again(self, before: list[dict[str, tuple[int, float]]], after: list[dict[str, tuple[int, float]]]) -> None:
+        """Add once more what has come to `at_risk` between two times."""
+        for sums, old, new in zip(self._sums, before, after, strict=True):
+            for layer, (sites, expected) in new.items():
+                sites_before, expected_before = old.get(layer, (0, 0.0))
+                found = sums[layer]
+                sums[layer] = (found[0] + sites - sites_before, found[1] + expected - expected_before, found[2])
 
     def record(self) -> InjectionRecord:
         """Return the sums so far; reads them back from the device."""

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ftnas import devices
+
 DENSE_ABOVE = 0.15
 """Rate above which one number per site is quicker than one per hit (measured on one CPU core)."""
 
@@ -34,7 +36,7 @@ def bernoulli_sites(population: int, rate: float, *, generator: torch.Generator)
         return torch.arange(population, device=device)
     if rate > DENSE_ABOVE:
         hit = torch.rand(population, generator=generator, device=device, dtype=torch.float64) < rate
-        if device.type == "cpu":
+        if devices.is_readable(device):
             return hit.nonzero().squeeze(1)
         order = torch.arange(population, device=device)
         return torch.where(hit, order, population).sort().values
@@ -42,7 +44,7 @@ def bernoulli_sites(population: int, rate: float, *, generator: torch.Generator)
     # Hits are binomial; for them to outnumber this by chance is under 1e-12 (Chernoff), and on a CPU the draw goes on.
     length = min(population, int(expected + 8.0 * math.sqrt(expected) + 32.0))
     sites = _walk(-1, length, rate, population, generator)
-    if device.type != "cpu":
+    if not devices.is_readable(device):
         return sites
     while int(sites[-1]) < population - 1:
         sites = torch.cat([sites, _walk(int(sites[-1]), length, rate, population, generator)])

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ftnas import devices
 from ftnas.faults.base import Fault, Plan, Site, Where
 
 
@@ -40,7 +41,7 @@ def restrict(plan: Plan, site: Site, fault: Fault, *, only: Where | None, never:
     at_risk, rate = _remaining(plan, allowed)
     kept = (
         plan.taken(keep)
-        if keep.device.type == "cpu"
+        if devices.is_readable(keep.device)
         else replace(plan, sites=torch.where(keep, plan.sites, plan.population))
     )
     return replace(kept, at_risk=at_risk, rate=rate)

@@ -121,7 +121,8 @@ class Job:
         recipes = [plain["train"]["recipe"]] if plain["train"] else []
         recipes += [plain[name]["weights"] for name in SEARCHES if plain[name]]
         for recipe in recipes:
-            del recipe["compute"]["fused_rounding"]
+            for same_results in ("fused_rounding", "cuda_graph"):
+                del recipe["compute"][same_results]
         return {key: value for key, value in plain.items() if key not in _ELSEWHERE}
 
     def measure_key(self, measurement: Measurement) -> str:

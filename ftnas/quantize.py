@@ -277,31 +277,36 @@ def _compiled() -> Callable[..., Any]:
 
 @cache
 def _limits(bits: int, encoding: str, device: torch.device) -> Tensor:
-    """Return smallest and largest integer and the factor for `_step`; as numbers each would be compiled anew."""
+    """Return smallest and largest integer, and what `_step` takes.
+
+    As numbers each would be compiled anew, and torch 2.11 compiles no numbers where function modes are off.
+    """
     grid = FixedPoint(bits=bits, encoding=encoding)._grid(torch.empty(()))
-    return torch.tensor([grid.lo, grid.hi, _below(torch.float32) * 2.0 ** (1 - bits)], device=device)
+    below = _below(torch.float32) * 2.0 ** (1 - bits)
+    return torch.tensor([grid.lo, grid.hi, below, SMALLEST_RANGE], device=device)
 
 
 def _round_flat(
     x: Tensor, given: Tensor | None, limits: Tensor, need_inside: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return values, mask of unclamped ones if needed, and step of a float32 tensor [N], N > 1."""
-    lsb = _step(x.abs().amax(), limits[2]) if given is None else given
+    lsb = _step(x.abs().amax(), limits[2], limits[3]) if given is None else given
     integers = torch.round(x * lsb.reciprocal())
     clamped = torch.minimum(torch.maximum(integers, limits[0]), limits[1])
     return clamped * lsb, clamped == integers if need_inside else None, lsb
 
 
-def _step(largest: Tensor, below: Tensor | float) -> Tensor:
+def _step(largest: Tensor, below: Tensor | float, smallest: Tensor | float = SMALLEST_RANGE) -> Tensor:
     """Return the smallest power of two that is not below a magnitude, scaled, without waiting for the device.
 
     Args:
         largest: The magnitude, a float32 or float64 scalar; NaN or an infinity gives NaN.
         below: 2^(1 - bits), by which it is scaled, times `_below`.
+        smallest: What is taken for a magnitude below it.
     """
     # m times (1 - half an epsilon) is the number next below m, of which 2^(e-1) <= x < 2^e finds the power for powers
     # of two as well; a rounded log2 would be off by one there. mantissa * 2^e is exact, and so is the quotient 2^e.
-    scaled = largest.clamp_min(SMALLEST_RANGE) * below
+    scaled = largest.clamp_min(smallest) * below
     mantissa, _ = torch.frexp(scaled)
     return scaled / mantissa
 

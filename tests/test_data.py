@@ -662,6 +662,7 @@ def test_augmentation_that_leaves_nothing_is_refused(name, digits):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_on_a_gpu_are_those_on_the_cpu(digits):
     train = digits[0]
     on_gpu = train.to("cuda")

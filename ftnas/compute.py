@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ftnas import quantize
-from ftnas.quantize import Quantization
+from ftnas.quantize import FixedPoint, FloatFormat
 from ftnas.settings import Settings
 
 _BF16_BITS = 8
@@ -49,18 +49,18 @@ class Compute(Settings):
         with rounding, torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.autocast is not None):
             yield
 
-    def check(self, quantization: Quantization | None, name: str) -> None:
-        """Refuse fixed point that bfloat16 cannot hold.
+    def check(self, formats: Sequence[FixedPoint | FloatFormat], name: str) -> None:
+        """Refuse formats of weights and features that bfloat16 cannot hold.
 
         Raises:
-            ValueError: Words of more than 8 bits under autocast.
+            ValueError: Words of more than 8 bits under autocast, but for bfloat16 itself.
         """
-        if self.autocast is None or quantization is None:
+        if self.autocast is None:
             return
-        bits = max(quantization.weights.bits, quantization.features.bits)
+        bits = max((f.bits for f in formats if not (isinstance(f, FloatFormat) and f.dtype == "bf16")), default=0)
         if bits > _BF16_BITS:
             raise ValueError(
-                f"{name}.autocast=bf16 holds words of up to {_BF16_BITS} bits exactly, and the quantization has "
+                f"{name}.autocast=bf16 holds words of up to {_BF16_BITS} bits exactly, and here are words of "
                 f"{bits}; set autocast to null or use fewer bits"
             )
 

@@ -7,16 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ftnas.campaign import Subject
 from ftnas.data import ImageSet
 from ftnas.evaluate import answers
 from ftnas.faults.hardware import AnyFault, Hardware
-from ftnas.faults.select import LAYER_TYPES, find_layers, macs_per_output, select_layers
+from ftnas.faults.select import LAYER_TYPES, exactly, macs_per_output
 from ftnas.faults.trace import trace_feature_points
 from ftnas.progress import Tracker, track
+from ftnas.quantize import SMALLEST_RANGE
 from ftnas.rng import seed_for
 from ftnas.rundir import Folder, Journal
 from ftnas.settings import Count, Positive, Rate, Settings
@@ -58,6 +59,18 @@ class ProtectionConfig(Settings):
     devices: Count = 10
     images: Count = 500
     batch_size: Count = 200
+
+    @model_validator(mode="after")
+    def _fitting(self) -> ProtectionConfig:
+        if self.fault.target == "module":
+            raise ValueError(
+                f"{self.fault.name} takes whole nodes down, and protection is of layers; give another fault"
+            )
+        if self.method == "ecc" and self.fault.target != "weight":
+            raise ValueError(
+                f"ecc guards words of weights, and {self.fault.name} hits {self.fault.target}s; take triplicate or clip"
+            )
+        return self
 
     @property
     def label(self) -> str:
@@ -152,6 +165,7 @@ class _Study:
         self._batch_size, self._seed, self._journal = config.batch_size, seed, journal
         self._done = {_key_of(record): float(record["accuracy"]) for record in journal.records()}
         self._bounds: dict[str, float] = {}
+        self._at_risk: frozenset[str] = frozenset()
 
     def run(self, choosing: ImageSet, testing: ImageSet) -> None:
         """Choose on one set of images, measure on the other."""
@@ -159,8 +173,9 @@ class _Study:
         image = next(iter(testing.batches(1)))[0]
         with torch.no_grad(), self._under.inject(self._model, seed=0) as injection:
             self._model(image)
-        layers = list(dict.fromkeys(site.layer for site, _ in injection.sites().values()))
-        costs = overheads(self._model, image, config.method, self._under.quantization.weights.bits)
+        layers = [name for name, layer in injection.record.faults[0].layers.items() if layer.sites]
+        self._at_risk = frozenset(layers)
+        costs = overheads(self._model, image, config.method, self._under.formats()[0].bits)
         if config.method == "clip":
             self._bounds = feature_bounds(self._model, choosing, self._under, batch_size=self._batch_size)
         with track(f"protect {self._subject.name}", 1 + (len(layers) + 1) * config.devices) as progress:
@@ -186,13 +201,15 @@ class _Study:
         """Return the mean accuracy over the devices, on hardware that the stage and the layers decide."""
         under, bounds = self._under, None
         if stage == "clean":
-            under = under.without_faults()
+            under = under.at_rest()
         elif stage == "alone":
-            under = under.model_copy(update={"layers": names})
+            under = under.model_copy(update={"layers": tuple(exactly(name) for name in names)})
         elif self._config.method == "clip":
             bounds = {name: self._bounds[name] for name in names}
+        elif set(names) >= self._at_risk:  # an injection that could hit nothing is refused
+            under = under.at_rest()
         else:
-            under = under.model_copy(update={"protect": (*under.protect, *names)})
+            under = under.model_copy(update={"protect": (*under.protect, *(exactly(name) for name in names))})
         found = []
         for device in range(1 if stage == "clean" else self._config.devices):
             key = (self._subject.name, self._subject.train_seed, self._config.label, stage, names, device)
@@ -207,20 +224,9 @@ class _Study:
 
     def _accuracy(self, under: Hardware, bounds: Mapping[str, float] | None, device: int, images: ImageSet) -> float:
         seed = seed_for(self._seed, "device", device)
-        covered = under.fault is None or self._all_protected(under)
-        hardware = under.without_faults() if covered else under
-        with hardware.inject(self._model, seed=seed, bounds=bounds) as injection:
+        with under.inject(self._model, seed=seed, bounds=bounds) as injection:
             del injection
             return float(answers(self._model, images.batches(self._batch_size)).correct.double().mean())
-
-    def _all_protected(self, under: Hardware) -> bool:
-        """Tell whether protection leaves the fault model nothing to hit, which an injection would refuse."""
-        layers = find_layers(self._model)
-        left = select_layers(layers, under.layers)
-        if under.fault is not None and under.fault.where is not None:
-            left &= select_layers(layers, under.fault.where.layers)
-        whole = [entry for entry in under.protect if isinstance(entry, str)]
-        return not left - (select_layers(layers, whole) if whole else frozenset())
 
 
 def decay(accuracy: float, *, clean: float, chance: float) -> float:
@@ -280,7 +286,7 @@ def steps_of(predicted: Sequence[float], target: float | None) -> list[int]:
 
 
 def feature_bounds(model: nn.Module, images: ImageSet, hardware: Hardware, *, batch_size: int) -> dict[str, float]:
-    """Return the largest magnitude of each layer's feature point over images, on hardware without faults."""
+    """Return the largest magnitude (> 0) of each layer's feature point over images, on hardware at rest."""
     batches = list(images.batches(batch_size))
     points = trace_feature_points(model, (batches[0][0],), {}).points
     largest: dict[str, float] = {}
@@ -292,7 +298,7 @@ def feature_bounds(model: nn.Module, images: ImageSet, hardware: Hardware, *, ba
 
         return hook
 
-    with hardware.without_faults().inject(model, seed=0):
+    with hardware.at_rest().inject(model, seed=0):
         pairs = {(layer, point) for (layer, _), (point, _) in points.items()}
         handles = [modules[point].register_forward_hook(seen(layer)) for layer, point in pairs]
         try:
@@ -300,7 +306,7 @@ def feature_bounds(model: nn.Module, images: ImageSet, hardware: Hardware, *, ba
         finally:
             for handle in handles:
                 handle.remove()
-    return {layer: bound for layer, bound in largest.items() if bound > 0.0}
+    return {layer: max(bound, SMALLEST_RANGE) for layer, bound in largest.items()}
 
 
 _KEYS = ("model", "train_seed", "protection", "stage", "layers", "device")

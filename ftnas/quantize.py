@@ -16,7 +16,7 @@ from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ftnas import devices
@@ -205,11 +205,18 @@ class Quantization(Settings):
     weights: FixedPoint = FixedPoint()
     features: FixedPoint = FixedPoint()
 
+    @field_validator("features")
+    @classmethod
+    def _signed_sums(cls, value: FixedPoint) -> FixedPoint:
+        if value.encoding != "twos_complement":
+            raise ValueError("features are held in two's complement; sign_magnitude is for weights")
+        return value
+
     @classmethod
     def of(cls, value: Quantization | FixedPoint | None) -> Quantization | None:
-        """Return a Quantization; one FixedPoint given alone serves weights and features."""
+        """Return a Quantization; one FixedPoint given alone serves weights and, in two's complement, features."""
         if isinstance(value, FixedPoint):
-            return cls(weights=value, features=value)
+            return cls(weights=value, features=value.model_copy(update={"encoding": "twos_complement"}))
         if value is None or isinstance(value, Quantization):
             return value
         raise ValueError(f"quantization must be a FixedPoint(bits=8), a Quantization or None, got {value!r}")

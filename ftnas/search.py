@@ -131,7 +131,7 @@ class Search:
     ) -> None:
         check_alpha(config.weights.alpha_l, hardware, "search.weights.alpha_l")
         check_alpha(config.alpha_r, hardware, "search.alpha_r")
-        config.weights.compute.check(hardware.quantization, "search.weights.compute")
+        config.weights.compute.check(hardware.formats(), "search.weights.compute")
         config.weights.compute.check_graph(
             weights_images.device, "search.weights.compute", obstacle="each here trains another path"
         )

@@ -145,7 +145,7 @@ def fit(
     history = folder.journal(HISTORY)
     first = _restore(folder, model, optimizer, scheduler)
     device = next(model.parameters()).device
-    config.compute.check(hardware.quantization, "train.compute")
+    config.compute.check(hardware.formats(), "train.compute")
     steps = images.num_images // config.batch_size
     obstacle = f"an epoch has {steps}, of which the first {WARM_UP} never are" if steps <= WARM_UP else None
     obstacle = "regularizers draw outside of it" if config.regularizers else obstacle
@@ -326,11 +326,11 @@ def check_alpha(alpha_l: float, hardware: Hardware, name: str) -> None:
 
 
 def clean_accuracy(model: nn.Module, images: ImageSet, *, hardware: Hardware, batch_size: int) -> float:
-    """Return the accuracy of a quantized, fault-free model on images, in [0, 1]; the model's mode is kept."""
+    """Return the accuracy of a model on images, in [0, 1], on hardware at rest; the model's mode is kept."""
     training = model.training
     model.eval()
     try:
-        with hardware.without_faults().inject(model, seed=0):
+        with hardware.at_rest().inject(model, seed=0):
             return float(answers(model, images.batches(batch_size)).correct.float().mean())
     finally:
         model.train(training)

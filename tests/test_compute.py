@@ -13,7 +13,7 @@ from injected import gen
 
 from ftnas import quantize
 from ftnas.compute import Compute
-from ftnas.faults import AdSAF, MiBB
+from ftnas.faults import AdSAF, MiBB, WeightBitFlip
 from ftnas.faults.hardware import Hardware
 from ftnas.quantize import FixedPoint, Quantization
 from ftnas.recipe import SgdConfig
@@ -131,10 +131,15 @@ def test_every_word_of_8_bits_is_exact_in_bfloat16():
 
 
 def test_wider_words_than_bfloat16_holds_are_refused():
-    quantization = Quantization(weights=FixedPoint(bits=8), features=FixedPoint(bits=12))
-    with pytest.raises(ValueError, match=r"train\.compute\.autocast=bf16 holds words of up to 8 bits .* has 12"):
-        Compute(autocast="bf16").check(quantization, "train.compute")
-    Compute().check(quantization, "train.compute")
+    hardware = Hardware(quantization=Quantization(weights=FixedPoint(bits=8), features=FixedPoint(bits=12)))
+    with pytest.raises(ValueError, match=r"train\.compute\.autocast=bf16 holds words of up to 8 bits .* words of 12"):
+        Compute(autocast="bf16").check(hardware.formats(), "train.compute")
+    Compute().check(hardware.formats(), "train.compute")
+    for dtype, bits in (("q4.15", 20), ("fp16", 16), ("fp32", 32)):
+        own = Hardware(fault=WeightBitFlip(bit_error_rate=0.1, dtype=dtype)).formats()
+        with pytest.raises(ValueError, match=f"words of {bits};"):
+            Compute(autocast="bf16").check(own, "train.compute")
+    Compute(autocast="bf16").check(Hardware(fault=WeightBitFlip(bit_error_rate=0.1, dtype="bf16")).formats(), "x")
 
 
 @pytest.mark.gpu

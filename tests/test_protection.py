@@ -10,6 +10,8 @@ from torch import nn
 
 from ftnas.campaign import Subject
 from ftnas.data import DataConfig, load
+from ftnas.evaluate import answers
+from ftnas.faults import inject
 from ftnas.faults.hardware import Hardware
 from ftnas.models import count
 from ftnas.protection import (
@@ -24,8 +26,9 @@ from ftnas.protection import (
     run_protection,
     steps_of,
 )
-from ftnas.rng import isolated
+from ftnas.rng import isolated, seed_for
 from ftnas.rundir import RunDir
+from ftnas.train import clean_accuracy
 from ftnas.vulnerability import protection_to_csv, read_protection
 
 HARDWARE = Hardware(layers=None)
@@ -53,11 +56,11 @@ def model():
     return net.eval()
 
 
-def study(path, images, model, **settings):
+def study(path, images, model, hardware=HARDWARE, **settings):
     config = ProtectionConfig(**({"method": "ecc", "budget": 1.0, "devices": 3, "images": 60} | settings))
     subject = Subject("net", 0, "clean", count(model, (1, 8, 8)), lambda: model)
     with RunDir.create(path, {}) as folder:
-        run_protection([subject], images, images, config=config, hardware=HARDWARE, seed=0, folder=folder)
+        run_protection([subject], images, images, config=config, hardware=hardware, seed=0, folder=folder)
         return [dict(record) for record in folder.journal(RECORDS).records()]
 
 
@@ -119,6 +122,81 @@ def test_all_layers_protected_are_as_good_as_no_faults(images, model, tmp_path):
     assert set(last.layers) == {"0", "2", "5"} and last.accuracy.mean == pytest.approx(clean)
     assert found.chosen is not None and found.chosen.accuracy.mean >= found.plans[0].accuracy.mean
     assert "measured" in found.verdict() and protection_to_csv([found]).count("\n") == 1 + len(found.plans)
+
+
+def accuracies(records, stage, layers):
+    return [record["accuracy"] for record in records if record["stage"] == stage and set(record["layers"]) == layers]
+
+
+def test_layers_that_are_called_like_types_are_protected_alone(images, model, tmp_path):
+    names = {"0": "first", "2": "conv2d", "5": "linear"}
+    renamed = nn.Sequential()
+    for name, module in model.named_children():
+        renamed.add_module(names.get(name, name), module)
+    plain = study(tmp_path / "plain", images, model, fault=FLIPS)
+    odd = study(tmp_path / "odd", images, renamed.eval(), fault=FLIPS)
+    assert accuracies(odd, "measured", set(names.values())) == accuracies(plain, "measured", set(names))
+    alone = {name: accuracies(odd, "alone", {name}) for name in names.values()}
+    for name, found in alone.items():  # the same as by a predicate
+        for device, accuracy in enumerate(found):
+            fault = ProtectionConfig(fault=FLIPS, method="ecc", budget=1.0).fault
+            only = inject(
+                renamed,
+                fault,
+                quantization=HARDWARE.quantization,
+                seed=seed_for(0, "device", device),
+                layers=lambda layer, _, name=name: layer == name,
+            )
+            with only:
+                assert float(answers(renamed, images.batches(200)).correct.double().mean()) == accuracy
+
+
+def test_words_of_the_fault_stay_where_nothing_fails(images, model, tmp_path):
+    fault = FLIPS | {"bit_error_rate": 0.1, "dtype": "q1.1"}  # so coarse that it costs accuracy by itself
+    records = study(tmp_path / "run", images, model, hardware=Hardware(layers="linear"), fault=fault, budget=2.0)
+    faults = ProtectionConfig(fault=fault, method="ecc", budget=1.0).fault
+    with inject(model, faults.with_rate(0.0), quantization=HARDWARE.quantization):
+        coarse = float(answers(model, images.batches(200)).correct.double().mean())
+    plain = clean_accuracy(model, images, hardware=HARDWARE, batch_size=60)
+    assert coarse < plain
+    assert accuracies(records, "clean", set()) == [coarse]
+    assert accuracies(records, "measured", {"5"}) == [coarse] * 3
+    assert clean_accuracy(model, images, hardware=HARDWARE.with_fault(faults), batch_size=60) == coarse
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("fp32", 7 / 32), ("fp16", 6 / 16), ("q2.5", 5 / 8), (None, 5 / 8)])
+def test_ecc_costs_what_the_words_of_the_fault_need(images, model, tmp_path, dtype, share):
+    fault = FLIPS | {"bit_error_rate": 0.1, "dtype": dtype}  # so high that each layer is worth protecting
+    records = study(tmp_path / "run", images, model, fault=fault)
+    assert max(record.get("overhead", 0.0) for record in records) == pytest.approx(share)
+
+
+def test_protection_that_a_fault_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="ecc guards words of weights, and mibb hits features"):
+        ProtectionConfig(fault={"name": "mibb", "mac_error_rate": 0.1}, method="ecc", budget=1.0)
+    node = {"name": "node_down", "rate": 0.1, "nodes": {"a": ["0"]}}
+    with pytest.raises(ValueError, match="node_down takes whole nodes down"):
+        ProtectionConfig(fault=node, method="clip", budget=1.0)
+
+
+@pytest.mark.parametrize("entry", ["2", {"layers": ["2"]}, {"layers": ["2"], "bits": list(range(8))}])
+def test_spare_parts_of_the_hardware_stay(images, model, tmp_path, entry):
+    hardware = Hardware(layers=None, protect=[entry])
+    records = study(tmp_path / "run", images, model, hardware=hardware, fault=FLIPS)
+    assert {name for record in records for name in record["layers"]} == {"0", "5"}
+    clean = accuracies(records, "clean", set())
+    assert accuracies(records, "measured", {"0", "5"}) == clean * 3
+
+
+def test_a_layer_whose_features_are_all_zero_is_clipped(images, tmp_path):
+    with isolated(0, "net"):
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).eval()
+    nn.init.zeros_(net[0].weight)
+    nn.init.zeros_(net[0].bias)
+    fault = {"name": "weight_bit_flip", "bit_error_rate": 0.02, "dtype": "fp32"}
+    records = study(tmp_path / "run", images, net, fault=fault, method="clip", budget=2.0)
+    assert feature_bounds(net, images, HARDWARE, batch_size=60)["0"] == pytest.approx(1e-5)
+    assert any(record["stage"] == "measured" for record in records)
 
 
 def test_the_target_ends_the_search(images, model, tmp_path):

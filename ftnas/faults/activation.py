@@ -28,6 +28,12 @@ class ActivationMode(TorchFunctionMode):
         """Wait for the activation function of a feature point, which lies on a grid (None: not quantized)."""
         self._expected[id(feature)] = (feature, call, grid)  # held, so that its id stays its own
 
+    def replace(self, feature: Tensor, other: Tensor) -> None:
+        """Wait for another tensor in the place of a feature point, if that is waited for."""
+        if id(feature) in self._expected:
+            _, call, grid = self._expected.pop(id(feature))
+            self._expected[id(other)] = (other, call, grid)
+
     def check(self) -> None:
         """Raise a RuntimeError when an activation function that was expected has not run."""
         for _, (layer, _), _ in self._expected.values():

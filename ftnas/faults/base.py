@@ -35,6 +35,7 @@ class Site:
         channel_stride: Row-major distance of a channel's values to the next channel's; value v is in channel
             (v // channel_stride) % channels.
         map_shape: Rows and columns of a feature map or of a kernel, (1, 1) for a Linear; v is at v % (rows * columns).
+        batched: Whether the first axis of a feature tensor is that of the samples.
     """
 
     layer: str
@@ -45,6 +46,7 @@ class Site:
     channels: int = 1
     channel_stride: int = 1
     map_shape: tuple[int, int] = (1, 1)
+    batched: bool = True
 
     @property
     def map_size(self) -> int:

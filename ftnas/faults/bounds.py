@@ -169,13 +169,16 @@ def bound(model: nn.Module, *, weights: WeightBound | None = None, features: Fea
     return model
 
 
+def stored_bound(module: nn.Module, kind: str) -> Tensor | None:
+    """Return what a layer's state has as its bound, a buffer or a parameter that learns; None without."""
+    found = module._buffers.get(kind)
+    return module._parameters.get(kind) if found is None else found
+
+
 def bound_of(module: nn.Module, kind: str) -> Tensor | None:
     """Return the bound of a layer: a scalar tensor > 0, learned or not; None without."""
-    found = module._buffers.get(kind)
-    if found is not None:
-        return found
-    learned = module._parameters.get(kind)
-    return None if learned is None else learned.abs().clamp_min(SMALLEST_RANGE)
+    found = stored_bound(module, kind)
+    return found.abs().clamp_min(SMALLEST_RANGE) if isinstance(found, nn.Parameter) else found
 
 
 def rule_of(module: nn.Module) -> Rule:
@@ -284,7 +287,14 @@ def _check_selection(value: Any, layers_given: bool) -> None:
 
 def _values(settings: WeightBound | FeatureBound, layers: dict[str, nn.Module]) -> dict[str, float]:
     if isinstance(settings.value, dict):
-        return {name: value for key, value in settings.value.items() for name in select_layers(layers, key)}
+        found: dict[str, float] = {}
+        by: dict[str, str] = {}
+        for key, value in settings.value.items():
+            for name in select_layers(layers, key):
+                if name in by:
+                    raise ValueError(f"layer {name!r} has two bounds, by {by[name]!r} and by {key!r}; give it one")
+                found[name], by[name] = value, key
+        return found
     if settings.value is not None:
         return dict.fromkeys(sorted(select_layers(layers, settings.layers)), settings.value)
     assert isinstance(settings, WeightBound) and settings.std_multiple is not None

@@ -128,7 +128,7 @@ class Drawing:
     def _drawn(self, placed: Placed, key: Key, site: Site, draw: int, device: torch.device) -> tuple[Plan, Plan | None]:
         fault = placed.fault
         when: Label = "device" if self.hard else draw
-        one = self.hard and fault.target == "feature"  # a defect map is the same for every sample
+        one = self.hard and fault.target == "feature" and site.batched  # a defect map is the same for every sample
         sampled = replace(site, shape=site.shape[1:]) if one else site
         kept, plan = self._kept.get(key, (None, None))
         fresh = None
@@ -163,7 +163,7 @@ class Drawing:
             _check_words(plan, placed.fault, site)
         if plan.shape == site.shape:
             return plan, fresh
-        if plan.shape == site.shape[1:] and placed.fault.target == "feature":
+        if site.batched and plan.shape == site.shape[1:] and placed.fault.target == "feature":
             return plan.repeated(site.shape[0]), fresh
         raise ValueError(f"{site.layer!r}: the plan is for the shape {plan.shape}, the tensor has {site.shape}")
 

@@ -15,8 +15,9 @@ from ftnas.faults.defects import DefectMap
 from ftnas.faults.drawing import DrawOn
 from ftnas.faults.inject import Errors, inject
 from ftnas.faults.injection import Injection
+from ftnas.faults.place import weight_format
 from ftnas.faults.plans import PlanSet, kind_of
-from ftnas.quantize import Quantization
+from ftnas.quantize import FixedPoint, FloatFormat, Quantization
 from ftnas.settings import Settings
 
 
@@ -41,7 +42,7 @@ class Hardware(Settings):
         defects: File of a known device, a defect map or plans, in place of fault models.
         quantization: Number formats of weights and features; both 8-bit dynamic fixed point by default.
         layers: Which layers are faulted: type names, name patterns or depths; None for every Conv2d and Linear. The
-            paper's experiments fault convolutions only.
+            paper's experiments fault convolutions only. ``defects`` name their layers themselves.
         protect: What is never hit: layers as above, or ``{layers: ..., channels: ..., bits: ...}``.
     """
 
@@ -71,8 +72,25 @@ class Hardware(Settings):
         return self.fault is not None or self.defects is not None
 
     def without_faults(self) -> Hardware:
-        """Return the same number formats without any fault."""
+        """Return the formats that were asked for, without fault models and what they bring along."""
         return self.model_copy(update={"fault": None, "also": (), "defects": None, "protect": ()})
+
+    def at_rest(self) -> Hardware:
+        """Return the same hardware on which nothing fails: words that a fault model brings along stay."""
+        if self.fault is None:
+            return self.without_faults()
+        resting = {"fault": self.fault.with_rate(0.0), "also": tuple(fault.with_rate(0.0) for fault in self.also)}
+        return self.model_copy(update={**resting, "protect": ()})
+
+    def formats(self) -> tuple[FixedPoint | FloatFormat, FixedPoint]:
+        """Return how weights and features are held: as asked, unless a fault model's hardware has words of its own.
+
+        Raises:
+            ValueError: Two fault models whose hardware differs.
+        """
+        form = weight_format(self.quantization.weights, [] if self.fault is None else [self.fault, *self.also])
+        assert form is not None
+        return form, self.quantization.features
 
     def with_fault(self, fault: Fault, *also: Fault) -> Hardware:
         """Return the same hardware under other fault models."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -13,10 +14,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ftnas.faults.activation import ActivationMode
 from ftnas.faults.base import Fault, Plan, Site
-from ftnas.faults.bounds import FEATURE, WEIGHT, bound_of, clipped_weight, rule_of, saturated, weights_return
+from ftnas.faults.bounds import (
+    FEATURE,
+    WEIGHT,
+    bound_of,
+    clipped_weight,
+    rule_of,
+    saturated,
+    stored_bound,
+    weights_return,
+)
 from ftnas.faults.changes import Change, Watch
 from ftnas.faults.drawing import Drawing, Drawings, Key, Placed
-from ftnas.faults.memory import count_distinct, mark, positions, restrict_range, storage
+from ftnas.faults.memory import mark, restrict_range, values_at
 from ftnas.faults.outage import Outages
 from ftnas.faults.place import feature_site, weight_site
 from ftnas.faults.plans import PlanSet
@@ -165,13 +175,15 @@ class Injection:
         if self._sees_features:
             for name, module in root.named_modules():
                 if isinstance(module, (*LAYER_TYPES, _BatchNorm)):
-                    undo.append(module.register_forward_hook(self._feature_hook(name, module)).remove)
+                    undo.append(module.register_forward_hook(partial(self._called, name)).remove)
         if self._weight_format is not None or self._weights or self._any_bound(WEIGHT):
             for name, module in self._layers.items():
                 undo.append(store_weight(module, self, name))
+                if not self._sees_features:
+                    undo.append(module.register_forward_pre_hook(partial(self._check_running, name)).remove)
             later = {name: after_memory(module) for name, module in self._layers.items()}
             self._reads_nan_as_zero = frozenset(name for name, entry in later.items() if entry and entry.zeroes_nan)
-        undo += self.outages.attach(self._outage_draw, self.tally.add)
+        undo += self.outages.attach(self._outage_draw, self.tally.add, self._activations)
         if self._activations is not None:
             undo.append(root.register_forward_hook(self._check_met).remove)
         # last, so that a root that is a layer itself is still running when its feature point is met
@@ -230,26 +242,24 @@ class Injection:
         if not self.finding and self._activations is not None:
             self._activations.check()
 
-    def _feature_hook(self, name: str, module: nn.Module) -> Callable[..., Any]:
-        is_layer = isinstance(module, LAYER_TYPES)
+    def _check_running(self, name: str, module: nn.Module, inputs: Any) -> None:
+        if not self._running:
+            raise RuntimeError(
+                f"{name!r} was called by itself: inside inject(model, ...) call the model (and recompute "
+                "nothing in the backward pass, as torch.utils.checkpoint does)"
+            )
 
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-            if self.finding:
-                return None
-            if not self._running:
-                raise RuntimeError(
-                    f"{name!r} was called by itself: inside inject(model, ...) call the model (and recompute "
-                    "nothing in the backward pass, as torch.utils.checkpoint does)"
-                )
-            index = self._counts.get(name, 0)
-            self._counts[name] = index + 1
-            owner = self._points[self._model.training].owner((name, index), is_layer)
-            if owner is None:
-                return None
-            with torch._C.DisableTorchFunction():  # our own arithmetic is no business of any function mode
-                return self._feature(owner, output, is_ours(module, output))
-
-        return hook
+    def _called(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        if self.finding:
+            return None
+        self._check_running(name, module, inputs)
+        index = self._counts.get(name, 0)
+        self._counts[name] = index + 1
+        owner = self._points[self._model.training].owner((name, index), isinstance(module, LAYER_TYPES))
+        if owner is None:
+            return None
+        with torch._C.DisableTorchFunction():  # our own arithmetic is no business of any function mode
+            return self._feature(owner, output, is_ours(module, output))
 
     def _feature(self, call: Call, feature: Tensor, ours: bool) -> Tensor:
         """Quantize and fault the feature point of a layer call: [batch, ...], any float dtype; in place if ``ours``."""
@@ -305,6 +315,10 @@ class Injection:
         site = weight_site(layer, self._layers[layer], out, self._weight_format)
         self._apply(self._weights, out, site, grid, 0)
         return out
+
+    def weight_bound(self, layer: str) -> Tensor | None:
+        """Return the bound of a layer's weight as it is stored; None without."""
+        return stored_bound(self._layers[layer], WEIGHT)
 
     def weight_state(self, layer: str) -> Any:
         """Return what, beside its values, decides what is read for a weight now; None without faults."""
@@ -366,6 +380,8 @@ class Injection:
         for placed, plan, fresh in drawing.plans(site, self._current, index, out.device):
             fault = placed.fault
             before = self._watch.values(out, plan) if self._watch is not None else None
+            float_weight = fresh is not None and fault.target == "weight" and grid is None
+            old = values_at(out, plan) if float_weight else None
             if len(plan.sites):  # at low rates most tensors of a small batch meet no fault
                 fault.apply_(out, plan, grid)
             if fault.target == "feature" and site.layer in self._bounds:
@@ -375,18 +391,9 @@ class Injection:
                 self._watch.add(fault, site, index, plan, (before, self._watch.values(out, plan)))
             if fresh is not None:
                 self.tally.add(placed.number, site.layer, fresh)
-                if fault.target == "weight" and grid is None:
-                    self._count_odd(placed.number, site.layer, plan, out)
+                if old is not None:
+                    zeroed = site.layer in self._reads_nan_as_zero
+                    self.tally.count_odd(placed.number, plan, old, values_at(out, plan), zeroed=zeroed)
                 if isinstance(fault, ReciprocalNormalVariation):
                     self.tally.count(placed.number, "floored", fault.floored(fresh))
         return plans
-
-    def _count_odd(self, number: int, layer: str, plan: Plan, out: Tensor) -> None:
-        """Count the weights that a plan turned into NaN or an infinity; a word may be hit in several bits."""
-        at = positions(plan.values_hit(), out)
-        hit, found = plan.values_hit() < plan.num_values, storage(out)[at]
-        self.tally.count(number, "nonfinite", count_distinct(at, ~found.isfinite() & hit))
-        nan = count_distinct(at, found.isnan() & hit)
-        self.tally.count(number, "nan", nan)
-        if layer in self._reads_nan_as_zero:
-            self.tally.count(number, "nan_zeroed", nan)

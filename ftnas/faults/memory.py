@@ -32,6 +32,11 @@ def hit_positions(plan: Plan, values: Tensor) -> Tensor:
     return _offsets(plan.sites if plan.whole and plan.population == count else plan.sites % count, values)
 
 
+def values_at(values: Tensor, plan: Plan) -> Tensor:
+    """Return a copy of the values that a plan hits, [K * span]; any value for padding."""
+    return storage(values)[positions(plan.values_hit(), values)]
+
+
 def _offsets(sites: Tensor, values: Tensor) -> Tensor:
     """Return the positions in `storage` of row-major sites of a tensor."""
     if values.is_contiguous():

@@ -10,6 +10,7 @@ import torch
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 from torch import Tensor, nn
 
+from ftnas.faults.activation import ActivationMode
 from ftnas.faults.base import FAULTS, Fault, Plan, Site
 from ftnas.faults.sampling import bernoulli_sites, persisting
 from ftnas.quantize import Grid
@@ -114,18 +115,22 @@ class Outages:
         return bool(self._faults)
 
     def attach(
-        self, current: Callable[[], int | None], count: Callable[[int, str, Plan], None]
+        self,
+        current: Callable[[], int | None],
+        count: Callable[[int, str, Plan], None],
+        activations: ActivationMode | None,
     ) -> Sequence[Callable[[], None]]:
         """Hook the modules; return what takes the hooks away.
 
         Args:
             current: Number of the draw of the forward that runs; None without faults.
             count: Takes the number of a fault, a node and each fresh plan.
+            activations: Waits for activation functions, of what is silenced too.
         """
         undo = []
         for number, hosted in self._hosted.items():
             for node, modules in hosted.items():
-                hook = self._hook(number, node, current, count)
+                hook = self._hook(number, node, current, count, activations)
                 undo += [module.register_forward_hook(hook).remove for module in modules]
         return undo
 
@@ -135,6 +140,7 @@ class Outages:
         node: str,
         current: Callable[[], int | None],
         count: Callable[[int, str, Plan], None],
+        activations: ActivationMode | None,
     ) -> Callable[..., Any]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
             draw = current()
@@ -152,6 +158,11 @@ class Outages:
                 if (number, node, when) not in self._counted:  # a draw that candidates share is one draw
                     self._counted.add((number, node, when))
                     count(number, node, plan)
-            return torch.zeros_like(output) if len(plan.sites) else None
+            if not len(plan.sites):
+                return None
+            silent = torch.zeros_like(output)
+            if activations is not None:
+                activations.replace(output, silent)
+            return silent
 
         return hook

@@ -61,6 +61,8 @@ def place(
     whole, parts = _protected(candidates, protect)
     placed = []
     for number, fault in enumerate(faults):
+        if fault.target == "module":  # names what it hits itself
+            continue
         own = fault.where.layers if fault.where is not None else None
         chosen = selected & select_layers(candidates, own)
         if not chosen:
@@ -136,7 +138,7 @@ def weight_site(layer: str, module: nn.Module, weight: Tensor, form: FixedPoint 
 
 
 def feature_site(layer: str, module: nn.Module, feature: Tensor, form: FixedPoint | None) -> Site:
-    """Describe the output of a Conv2d [batch, channels, H, W] or a Linear [batch, ..., features]."""
+    """Describe the output of a Conv2d [batch, channels, H, W] or a Linear [batch, ..., features], or of one sample."""
     shape = tuple(feature.shape)
     conv = isinstance(module, nn.Conv2d)
     return Site(
@@ -148,4 +150,5 @@ def feature_site(layer: str, module: nn.Module, feature: Tensor, form: FixedPoin
         channels=shape[-3] if conv else shape[-1],
         channel_stride=shape[-2] * shape[-1] if conv else 1,
         map_shape=(shape[-2], shape[-1]) if conv else (1, 1),
+        batched=len(shape) > (3 if conv else 1),
     )

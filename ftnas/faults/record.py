@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ftnas import devices
 from ftnas.faults.base import Fault, Plan
+from ftnas.faults.memory import count_distinct
 
 SURELY_HIT = 20.0
 """Expected hits above which none at all means a broken injection (its probability is under e^-20 = 2e-9)."""
@@ -35,8 +36,8 @@ class FaultRecord(LayerHits):
     Attributes:
         fault: Its name.
         layers: By name of the layer.
-        nonfinite: Values that a fault turned into NaN or an infinity.
-        nan: Those of them that are NaN, in weights.
+        nonfinite: Weights that the fault turned from finite into NaN or an infinity.
+        nan: Weights that it turned into NaN.
         nan_zeroed: Those of these that the layer reads as 0, see `ftnas.saturate`.
         floored: Cells whose variation was cut off, see `ReciprocalNormalVariation`.
     """
@@ -109,6 +110,24 @@ class Tally:
             odd[what] += number
         else:
             odd[what] = number.clone()
+
+    def count_odd(self, fault: int, plan: Plan, old: Tensor, new: Tensor, *, zeroed: bool) -> None:
+        """Count the weights that a plan turned into NaN or an infinity, once each; a word may be hit in several bits.
+
+        Args:
+            fault: Index of the fault model.
+            plan: Where it hit.
+            old: The values there before, as `values_at` gives them.
+            new: The same after.
+            zeroed: Whether the layer reads NaN as 0.
+        """
+        at = plan.values_hit()
+        hit = at < plan.num_values
+        nan = count_distinct(at, new.isnan() & ~old.isnan() & hit)
+        self.count(fault, "nonfinite", count_distinct(at, ~new.isfinite() & old.isfinite() & hit))
+        self.count(fault, "nan", nan)
+        if zeroed:
+            self.count(fault, "nan_zeroed", nan)
 
     def count_feature_nan(self, feature: Tensor) -> None:
         """Count the NaN of features of any shape; the count stays on the device."""

@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 
-from ftnas.faults.select import Layers, find_layers, select_layers
+from ftnas.faults.select import Layers, exactly, find_layers, select_layers
 from ftnas.faults.stored import is_stored
 from ftnas.saturated import FUNCTIONS, MARK, Saturated, after_memory, attach, chain, check_mark, detach
 from ftnas.settings import Positive, Settings, did_you_mean
@@ -70,13 +70,13 @@ class Saturation(Settings):
         layers = find_layers(model)
         for name in sorted(select_layers(layers, self.layers or ("conv2d",))):
             scale = power_of_two(self.std_multiple * standard_deviation(cast(Tensor, layers[name].weight)))
-            saturate(model, self.function, scale=scale, layers=name, nan=self.nan)
+            saturate(model, self.function, scale=scale, layers=exactly(name), nan=self.nan)
 
     def resolved(self, model: nn.Module) -> Saturation:
         """Return the same with the scales that a model was saturated with, so that it builds the same again."""
         if self.std_multiple is None:
             return self
-        scales = {name: found.scale for name, found in saturations(model).items()}
+        scales = {exactly(name): found.scale for name, found in saturations(model).items()}
         return Saturation(function=self.function, scale=scales, nan=self.nan)
 
 

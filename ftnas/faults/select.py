@@ -14,6 +14,7 @@ from ftnas.settings import did_you_mean
 
 LAYER_TYPES = (nn.Conv2d, nn.Linear)
 TYPE_NAMES: dict[str, type[nn.Module]] = {"conv2d": nn.Conv2d, "linear": nn.Linear}
+_NAME = "name:"
 
 Predicate = Callable[[str, nn.Module], bool]
 Layers = str | Predicate | Sequence[str | Predicate] | None
@@ -30,8 +31,9 @@ def select_layers(candidates: Mapping[str, nn.Module], layers: Layers) -> frozen
     Args:
         candidates: Layers by name.
         layers: A type name (``conv2d``, ``linear``), a name pattern (``stage1.*``), a depth (``depth:0-4`` or
-            ``depth:7``: places in the order of definition, from 0), a predicate of (name, module), or a sequence of
-            those (any may match); None selects all.
+            ``depth:7``: places in the order of definition, from 0), a whole name (``name:linear``, for a layer that is
+            called like a type), a predicate of (name, module), or a sequence of those (any may match); None selects
+            all.
 
     Raises:
         ValueError: A selector that matches nothing, or that is none.
@@ -60,6 +62,12 @@ def select_layers(candidates: Mapping[str, nn.Module], layers: Layers) -> frozen
     return frozenset(chosen)
 
 
+def exactly(name: str) -> str:
+    """Return the selector of one layer by its name, also where that looks like a type, a pattern or a depth."""
+    looks = name.lower() in TYPE_NAMES or any(letter in name for letter in "*?[") or name.startswith(("depth:", _NAME))
+    return _NAME + name if looks else name
+
+
 def _depths(selector: str | Predicate) -> range | None:
     """Return the depths that a ``depth:A-B`` names, None for any other selector."""
     if not isinstance(selector, str) or not selector.startswith("depth:"):
@@ -73,6 +81,8 @@ def _depths(selector: str | Predicate) -> range | None:
 def _matches(selector: str | Predicate, name: str, module: nn.Module) -> bool:
     if not isinstance(selector, str):
         return bool(selector(name, module))
+    if selector.startswith(_NAME):
+        return name == selector.removeprefix(_NAME)
     kind = TYPE_NAMES.get(selector.lower())
     return isinstance(module, kind) if kind is not None else fnmatchcase(name, selector)
 

@@ -33,6 +33,9 @@ class Reader(Protocol):
     finding: bool
     shared: SharedWeights | None
 
+    def weight_bound(self, layer: str) -> Tensor | None:
+        """Return the bound of a layer's weight as it is stored, a buffer or a parameter; None without."""
+
     def weight(self, layer: str, weight: Tensor) -> Tensor:
         """Return what is read for a weight that learns; same shape and dtype, gradients pass."""
 
@@ -65,10 +68,12 @@ class StoredWeight(nn.Module):
 
     def _read(self, weight: Tensor) -> Tensor:
         """Return what is read; what was kept, if nothing has changed."""
-        if (torch.is_grad_enabled() and weight.requires_grad) or not isinstance(weight, nn.Parameter):
+        bound = self._reader.weight_bound(self._layer)
+        learns = torch.is_grad_enabled() and (weight.requires_grad or (bound is not None and bound.requires_grad))
+        if learns or not isinstance(weight, nn.Parameter) or weight.is_inference():
             self._stored = self._faulty = None  # what a model's own parametrization made tells nothing by its address
             return self._learning(weight)
-        key = (weight.data_ptr(), weight._version)
+        key = tuple((x.data_ptr(), x._version) for x in (weight, bound) if x is not None)
         if self._stored is None or self._stored[0] != key:
             values, grid = self._reader.stored(self._layer, weight.detach())
             self._stored, self._faulty = (key, values, grid, values.to(weight.dtype)), None
@@ -102,6 +107,13 @@ def store_weight(module: nn.Module, reader: Reader, layer: str) -> Callable[[], 
 
     While it is on, ``state_dict`` and ``load_state_dict`` of the model speak of the stored weight by its plain name.
     """
+    own = "weight" in module._parameters or "weight" in module._buffers
+    if not own and not parametrize.is_parametrized(module, "weight"):
+        raise ValueError(
+            f"layer {layer!r} gets its weight from a hook, as pruning and the older weight_norm and spectral_norm do, "
+            "and faults cannot go there; make it permanent (torch.nn.utils.prune.remove, remove_weight_norm, ...), or "
+            "use torch.nn.utils.parametrizations"
+        )
     order = list(module._parameters)
     alone = not parametrize.is_parametrized(module, "weight")
     stored = StoredWeight(reader, layer)

@@ -8,7 +8,7 @@ really run, so that the order of definition does not matter.
 
 from __future__ import annotations
 
-import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ftnas.faults.select import LAYER_TYPES
+from ftnas.faults.select import LAYER_TYPES, find_layers
+from ftnas.settings import did_you_mean
 
 Call = tuple[str, int]
 """A module's name, and the how-manieth call of it in a forward, from 0."""
@@ -131,19 +132,30 @@ class DeclaredPoints(FeaturePoints):
 
 
 def find_feature_points(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FeaturePoints:
-    """Return what the model declares by ``feature_points()``, else what a traced forward shows (kept per model)."""
+    """Return what the model declares by ``feature_points()``, else what a traced forward shows.
+
+    Raises:
+        ValueError: A name is declared that the model does not have, or a BatchNorm twice.
+    """
     declare = getattr(model, "feature_points", None)
-    if callable(declare):
-        activated = getattr(model, "activated_points", None)
-        return DeclaredPoints(declare(), activated() if callable(activated) else ())
-    key = (tuple(id(module) for module in model.modules()), model.training)
-    kept = _TRACES.setdefault(model, {})
-    if key not in kept:
-        kept[key] = FeaturePoints(trace_feature_points(model, args, kwargs))
-    return kept[key]
-
-
-_TRACES: weakref.WeakKeyDictionary[nn.Module, dict[Any, FeaturePoints]] = weakref.WeakKeyDictionary()
+    if not callable(declare):
+        return FeaturePoints(trace_feature_points(model, args, kwargs))
+    activated = getattr(model, "activated_points", None)
+    norms, names = dict(declare()), tuple(activated() if callable(activated) else ())
+    layers = find_layers(model)
+    known = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    for given, have, method, what in (
+        (norms, layers, "feature_points", "Conv2d or Linear"),
+        (norms.values(), known, "feature_points", "BatchNorm"),
+        (names, layers, "activated_points", "Conv2d or Linear"),
+    ):
+        wrong = next((name for name in given if name not in have), None)
+        if wrong is not None:
+            raise ValueError(f"{method}() declares {wrong!r}, which is no {what}; {did_you_mean(wrong, have)}")
+    twice, count = Counter(norms.values()).most_common(1)[0] if norms else ("", 0)
+    if count > 1:
+        raise ValueError(f"feature_points() declares BatchNorm {twice!r} for {count} layers; give each layer its own")
+    return DeclaredPoints(norms, names)
 
 
 def trace_feature_points(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:

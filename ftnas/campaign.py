@@ -20,9 +20,10 @@ from ftnas.faults.inject import Errors
 from ftnas.models import Complexity
 from ftnas.pool import Box, InProcess, Pool
 from ftnas.progress import track
+from ftnas.records import read_record
 from ftnas.rng import seed_for
 from ftnas.rundir import Folder
-from ftnas.settings import Count, Settings
+from ftnas.settings import Count, Positive, Settings
 from ftnas.survey import MIN_DEVICES, enough
 
 RECORDS = "records.jsonl"
@@ -42,7 +43,7 @@ class SweepConfig(Settings):
     fault: AnyFault
     name: str | None = None
     also: tuple[AnyFault, ...] = ()
-    rates: tuple[Annotated[float, Field(ge=0.0)], ...] = Field(min_length=1)
+    rates: tuple[Positive, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _in_range(self) -> SweepConfig:
@@ -164,7 +165,7 @@ def run_campaign(
     pool = pool or InProcess()
     journal = folder.journal(RECORDS)
     done = {
-        _key_of(record, f"{journal.path}: record {n}"): float(record["accuracy"])
+        _key_of(record, f"{journal.path}: record {n}"): read_record(record, f"{journal.path}: record {n}").accuracy
         for n, record in enumerate(journal.records(), start=1)
     }
     grid = list(_grid(config))
@@ -225,7 +226,7 @@ def _settled(
 def _grid(config: CampaignConfig) -> Iterator[Point]:
     for sweep in config.sweeps:
         yield Point(sweep, 0.0, None)
-        for rate in sorted(set(sweep.rates) - {0.0}):
+        for rate in sorted(set(sweep.rates)):
             for device in range(config.devices):
                 yield Point(sweep, rate, device)
 

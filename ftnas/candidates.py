@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,6 +62,16 @@ class Candidate:
     terms: Terms
     weights: Weights
     images: tuple[int, Box[Any]]
+
+
+def scored(batches: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Leave out a last batch of one image among batches of ``size``: a supernet normalises by those of the batch."""
+    return (batch for batch in batches if size == 1 or len(batch[1]) > 1)
+
+
+def num_scored(num_images: int, size: int) -> int:
+    """Return how many batches `scored` gives."""
+    return num_images // size + (num_images % size > 1)
 
 
 class Scorer:

@@ -5,9 +5,11 @@ Everything beyond click is imported inside the commands, so that ``ftnas --help`
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +25,13 @@ if TYPE_CHECKING:
     from ftnas.pipeline import Pipeline
     from ftnas.rundir import RunDir
 
-EXAMPLES = """\b
-Examples:
-  ftnas {command} quickstart
-  ftnas {command} quickstart seed=3 search.controller.lr=0.01 --out runs/third
-  ftnas {command} my-config.yaml data.root=~/images --device cuda
-  ftnas {command} --resume runs/quickstart
-"""
+EXAMPLES = {
+    "run": ("quickstart", "quickstart seed=3 search.controller.lr=0.01 --out runs/third"),
+    "search": ("quickstart", "quickstart seed=3 search.controller.lr=0.01 --out runs/third"),
+    "train": ("train-resnet18-adsaf data.download=true", "quickstart 'train.models={net: {baseline: resnet20}}'"),
+    "campaign": ("--resume runs/quickstart", "my-models.yaml campaign.devices=30"),
+    "bounds": ("tolerance", "quickstart-bounds --out runs/third"),
+}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -72,6 +74,7 @@ def _config_command(name: str, *, needs: str | None = None) -> Callable[[Callabl
         def command(**options: Any) -> None:
             from ftnas.heap import keep_memory
             from ftnas.pipeline import Pipeline
+            from ftnas.rundir import quoted
 
             keep_memory()
             config, run = _open_run(needs=needs, **options)
@@ -79,10 +82,12 @@ def _config_command(name: str, *, needs: str | None = None) -> Callable[[Callabl
                 try:
                     body(Pipeline(config, run))
                 except KeyboardInterrupt:
-                    click.echo(f"\ninterrupted; go on with: ftnas {name} --resume {run.path}", err=True)
+                    click.echo(f"\ninterrupted; go on with: ftnas {name} --resume {quoted(run.path)}", err=True)
                     raise SystemExit(130) from None
 
-        command.__doc__ = f"{body.__doc__}\n\n    {EXAMPLES.format(command=name)}"
+        lines = (*EXAMPLES[name], "my-config.yaml data.root=~/images --device cuda", "--resume runs/third")
+        examples = "".join(f"\n  ftnas {name} {line}" for line in lines)
+        command.__doc__ = f"{body.__doc__}\n\n\b\nExamples:{examples}\n"
         command = _run_options(command)
         if name in ("run", "search", "train", "campaign"):
             workers = "Processes of Ray that do the work, 0 for none; short for pool.workers=N, with --resume too."
@@ -111,8 +116,8 @@ def _open_run(
         if config is not None or overrides or out or overwrite or device is not None or seed is not None:
             raise ValueError("--resume goes on with the run as it was configured; give it alone, or start a new run")
         run = RunDir.open(resume)
-        started = (event for event in run.journal("events.jsonl").records() if event["kind"] == "started")
-        threads = next((event["threads"] for event in started), None)
+        started = (event for event in run.journal("events.jsonl").records() if event.get("kind") == "started")
+        threads = next((event.get("threads") for event in started), None)
         return with_workers(config_from(run.config), workers, threads=threads), run
     if config is None:
         raise ValueError("give a config (ftnas configs lists those that ship), or --resume RUN")
@@ -308,6 +313,7 @@ def nodes_run_command(study: NodesConfig, run: RunDir) -> None:
 def main() -> None:
     """Run the command line; a ValueError is a user's mistake: one line and exit code 2."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is open is closed
+    sys.unraisablehook = _interrupt_again
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:
@@ -323,6 +329,20 @@ def main() -> None:
             traceback.print_exc()
         _explain(error)
         raise SystemExit(1) from None
+
+
+def _interrupt_again(lost: sys.UnraisableHookArgs) -> None:
+    """Send a signal again whose exception Python threw away, as in the callback of a weak reference it must."""
+    if not isinstance(lost.exc_value, (KeyboardInterrupt, SystemExit)):
+        sys.__unraisablehook__(lost)
+        return
+    again = signal.SIGINT if isinstance(lost.exc_value, KeyboardInterrupt) else signal.SIGTERM
+
+    def send() -> None:
+        time.sleep(0.05)
+        os.kill(os.getpid(), again)
+
+    _thread.start_new_thread(send, ())  # a Thread waits for its start, and the signal could come meanwhile
 
 
 def _explain(error: Exception) -> None:

@@ -17,7 +17,7 @@ from ftnas.pool import PoolConfig
 from ftnas.protection import ProtectionConfig
 from ftnas.recipe import TrainConfig
 from ftnas.search import SearchConfig
-from ftnas.settings import Count, Settings, parse
+from ftnas.settings import Settings, parse
 from ftnas.shipped import shipped_names
 from ftnas.single import SingleFaultConfig
 from ftnas.tolerance import ToleranceConfig
@@ -118,7 +118,7 @@ class RunConfig(Settings):
     description: str = ""
     seed: Annotated[int, Field(ge=0)] = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=512)] | None = None
     pool: PoolConfig = PoolConfig()
     data: DataConfig
     hardware: Hardware = Hardware()

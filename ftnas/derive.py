@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ftnas.candidates import Candidates, Terms
+from ftnas.candidates import Candidates, Terms, scored
 from ftnas.controllers import Controller
 from ftnas.data import ImageSet
 from ftnas.evaluate import Score, score
@@ -42,6 +42,14 @@ class DeriveConfig(Settings):
     finalists: Count = 5
     final_draws: Count = 5
     train_epochs: Annotated[int, Field(ge=0)] = 0
+
+    def recipe(self, weights: SgdConfig) -> TrainConfig | None:
+        """Return how finalists are trained, from the settings of the shared weights; None where they are not.
+
+        Raises:
+            ValueError: Settings that a final training does not take.
+        """
+        return TrainConfig(**(weights.model_dump() | {"epochs": self.train_epochs})) if self.train_epochs else None
 
 
 def derive(
@@ -88,8 +96,8 @@ def derive(
     ranked = list(zip(sampled, found, strict=True))
     ranked.sort(key=lambda pair: -pair[1].reward)
     best = [genotype for genotype, _ in ranked[: config.finalists]]
-    if config.train_epochs:
-        recipe = TrainConfig(**(weights.model_dump() | {"epochs": config.train_epochs}))
+    recipe = config.recipe(weights)
+    if recipe is not None:
         again = []
         for place, genotype in enumerate(best):
             stage = folder.stage(f"finalists/{place}")
@@ -136,7 +144,7 @@ class _Scorer:
         self, genotypes: Sequence[Genotype], draws: int, purpose: str, *, done: Callable[[], None] = lambda: None
     ) -> list[Score]:
         """Score paths of the supernet, in order; its weights are quantized once for all of them."""
-        batches = list(self._images.batches(self._batch_size))
+        batches = list(scored(self._images.batches(self._batch_size), self._batch_size))
         with self._candidates.weights(seed_for(self._seed, purpose)):
             return self._candidates.score(genotypes, batches, Terms(self._alpha_r, draws), done=done)
 

@@ -18,10 +18,13 @@ NONFINITE = -1
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracies of one candidate on common images and common fault draws, each in [0, 1]."""
+    """Accuracies of one candidate on common images and common fault draws, each in [0, 1].
+
+    ``faulty`` is None where no fault was drawn, since ``alpha_r`` is 0.
+    """
 
     clean: float
-    faulty: float
+    faulty: float | None
     reward: float
 
 
@@ -106,8 +109,8 @@ def score(
     if lost:
         raise RuntimeError(f"without faults, {lost} of {images_seen} answers are NaN or infinite")
     accuracy_clean = right / images_seen
-    accuracy_faulty = float(torch.stack(faulty).sum()) / (images_seen * draws) if faulty else 0.0
-    reward = (1.0 - alpha_r) * accuracy_clean + alpha_r * accuracy_faulty
+    accuracy_faulty = float(torch.stack(faulty).sum()) / (images_seen * draws) if faulty else None
+    reward = (1.0 - alpha_r) * accuracy_clean + alpha_r * (accuracy_faulty or 0.0)
     return Score(clean=accuracy_clean, faulty=accuracy_faulty, reward=reward)
 
 

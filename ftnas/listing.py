@@ -10,6 +10,8 @@ from rich.table import Table
 
 from ftnas.shipped import shipped_folder, shipped_names
 
+_STAGES = ("search", "control", "train", "campaign", "single_faults", "protections", "bounds")
+
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table on the standard output; long cells are folded, never cut."""
@@ -36,7 +38,7 @@ def list_configs() -> None:
     """Print every shipped config with its stages."""
     rows = []
     for name, config in _shipped("configs"):
-        stages = [stage for stage in ("search", "control", "train", "campaign") if config.get(stage) is not None]
+        stages = [stage.replace("_", " ") for stage in _STAGES if config.get(stage)]
         rows.append([name, config["data"]["name"], ", ".join(stages), config["description"]])
     print_table("Configs: ftnas run NAME", ["name", "data", "stages", "description"], rows)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ftnas.parallel import SearchJob, check_ranks, search_on_ranks
 from ftnas.progress import say
 from ftnas.protection import run_protection
 from ftnas.rng import seed_for
-from ftnas.rundir import Folder, RunDir
+from ftnas.rundir import Folder, RunDir, quoted
 from ftnas.search import SearchConfig
 from ftnas.single import run_single_faults
 from ftnas.space import Genotype
@@ -62,8 +62,20 @@ class Pipeline:
         if self._train_images is None:
             self._train_images = load(self.config.data, "train").to(self.device)
             images = self._train_images
-            self.run.describe(dataset_digest=images.digest, num_classes=len(images.classes))
+            self._describe(images, "dataset_digest", "training")
+            self.run.describe(num_classes=len(images.classes))
         return self._train_images
+
+    def _describe(self, images: ImageSet, name: str, which: str) -> None:
+        """Note the images of a run by their digest; a ValueError where it was begun with others."""
+        before = self.run.info.get(name)
+        if before not in (None, images.digest):
+            self._train_images = None
+            raise ValueError(
+                f"data: the {which} images are not those that {self.run.path} was begun with (digest "
+                f"{images.digest[:12]}, then {before[:12]}); give those, or begin another run with --out"
+            )
+        self.run.describe(**{name: images.digest})
 
     def search(self, which: str = "search") -> Genotype:
         """Run one of the config's searches, or go on with it; a finished one is read."""
@@ -119,6 +131,7 @@ class Pipeline:
             raise ValueError(f"the config {config.name!r} has no campaign, single_faults or protections section")
         subjects = list(self._subjects())
         images = load(config.data, "test").to(self.device)
+        self._describe(images, "test_digest", "test")
         seed, hardware = seed_for(config.seed, "campaign"), config.hardware
         if config.campaign is not None:
             chosen = _some(images, config.campaign.images)
@@ -166,7 +179,9 @@ class Pipeline:
             return model
         path = self.run.stage(model.genotype).file(WINNER)
         if not path.exists():
-            raise ValueError(f"train.models.{name} needs {path}; run `ftnas search --resume {self.run.path}` first")
+            raise ValueError(
+                f"train.models.{name} needs {path}; run `ftnas search --resume {quoted(self.run.path)}` first"
+            )
         return model.model_copy(update={"genotype": str(path)})
 
     def _training(self, name: str, train_seed: int) -> Training:
@@ -202,7 +217,7 @@ class Pipeline:
                     say(f"note: {name}, seed {train_seed}, was stopped early in its training and is left out")
                     continue
                 if not path.exists():
-                    raise ValueError(f"{path} is missing; run `ftnas train --resume {self.run.path}` first")
+                    raise ValueError(f"{path} is missing; run `ftnas train --resume {quoted(self.run.path)}` first")
                 yield self._subject(name, path, allow_factory=True, train_seed=train_seed)
         for name, given in self.config.models.items():
             if given.file is not None:
@@ -217,6 +232,18 @@ class Pipeline:
         images = self.train_images
         if list(metadata.get("classes", images.classes)) != list(images.classes):
             raise ValueError(f"{path}: trained for other classes than {self.config.data.name} has")
+        shape = list(metadata.get("shape", images.shape))
+        if shape != list(images.shape):
+            raise ValueError(
+                f"{path}: trained on images of {_size(shape)}, and {self.config.data.name} has {_size(images.shape)}; "
+                f"set data.image_size={shape[-1]}"
+            )
+        here, there = (*images.mean, *images.std), (*metadata.get("mean", ()), *metadata.get("std", ()))
+        if any(abs(a - b) > 1e-3 for a, b in zip(here, there, strict=False)):
+            say(
+                f"note: {name} was trained on images of another mean and deviation than those of this run's training "
+                "images, by which all are normalised here; its accuracy can be another one than in its own run"
+            )
         return Subject(
             name=name,
             train_seed=metadata.get("train_seed", 0) if train_seed is None else train_seed,
@@ -224,6 +251,10 @@ class Pipeline:
             complexity=count(network, images.shape),
             load=lambda: load_model(path, allow_factory=allow_factory)[0].to(self.device).eval(),
         )
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(str(number) for number in shape)
 
 
 def pick_device(name: str) -> torch.device:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import torch
 from pydantic import Field, model_validator
 
-from ftnas.settings import Count, Settings
+from ftnas.settings import Settings
 
 Events = Callable[..., None]
 T = TypeVar("T")
@@ -35,7 +35,7 @@ class PoolConfig(Settings):
     """
 
     workers: Annotated[int, Field(ge=0)] = 0
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=512)] | None = None
     address: str | None = None
 
     @model_validator(mode="before")

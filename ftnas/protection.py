@@ -163,7 +163,9 @@ class _Study:
         self._subject, self._model, self._config = subject, subject.load(), config
         self._under = hardware.with_fault(config.fault)
         self._batch_size, self._seed, self._journal = config.batch_size, seed, journal
-        self._done = {_key_of(record): float(record["accuracy"]) for record in journal.records()}
+        self._done = dict(
+            _read(record, f"{journal.path}: record {n}") for n, record in enumerate(journal.records(), start=1)
+        )
         self._bounds: dict[str, float] = {}
         self._at_risk: frozenset[str] = frozenset()
 
@@ -312,5 +314,10 @@ def feature_bounds(model: nn.Module, images: ImageSet, hardware: Hardware, *, ba
 _KEYS = ("model", "train_seed", "protection", "stage", "layers", "device")
 
 
-def _key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(tuple(record[key]) if key == "layers" else record[key] for key in _KEYS)
+def _read(record: Mapping[str, Any], where: str) -> tuple[tuple[Any, ...], float]:
+    """Return the key and the accuracy of a line of ``protection.jsonl``; raises a ValueError that begins with where."""
+    try:
+        key = tuple(tuple(record[key]) if key == "layers" else record[key] for key in _KEYS)
+        return key, float(record["accuracy"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: damaged ({error}); remove the line, and it is measured again") from None

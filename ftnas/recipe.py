@@ -55,9 +55,11 @@ class SgdConfig(Settings):
     compute: Compute = Compute()
 
     @model_validator(mode="after")
-    def _no_momentum(self) -> SgdConfig:
+    def _consistent(self) -> SgdConfig:
         if self.method == "adamw" and self.momentum != 0.9:
             raise ValueError("momentum belongs to sgd and has no effect on adamw; remove it")
+        if self.alpha_l == 0.0 and self.mask_gradients:
+            raise ValueError("alpha_l=0 trains without faults, so mask_gradients has no effect; remove it")
         return self
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -98,10 +100,10 @@ class TrainConfig(SgdConfig):
 
     @model_validator(mode="after")
     def _effective(self) -> TrainConfig:
-        if self.alpha_l == 0.0 and (self.mask_gradients or self.bn_statistics != "both" or self.rate_protocol):
+        if self.alpha_l == 0.0 and (self.bn_statistics != "both" or self.rate_protocol):
             raise ValueError(
-                "alpha_l=0 trains without faults, so mask_gradients, bn_statistics and rate_protocol have no effect; "
-                "remove them or set alpha_l above 0"
+                "alpha_l=0 trains without faults, so bn_statistics and rate_protocol have no effect; remove them or "
+                "set alpha_l above 0"
             )
         if self.rate_protocol is not None and not self.rate_protocol:
             raise ValueError("rate_protocol needs at least one rate; null trains at the hardware's own")

@@ -244,7 +244,7 @@ def read_comparison(path: Path, *, interval: IntervalKind = "student") -> Compar
     if not lines:
         raise ValueError(f"{path}: no records; measure models first with `ftnas campaign`")
     notes = [f"The last line of {path.name} is torn and was left out."] if torn else []
-    records = [_record(line, f"{path}: record {number}") for number, line in enumerate(lines, start=1)]
+    records = [read_record(line, f"{path}: record {number}") for number, line in enumerate(lines, start=1)]
     trainings: dict[str, set[str]] = {}
     for record in records:
         trainings.setdefault(record.model, set()).add(record.training)
@@ -278,7 +278,8 @@ def nothing_compared() -> Comparison:
     return Comparison(models=[], faults={}, rates={}, notes=[], num_images=0, devices=[], _points={})
 
 
-def _record(line: dict[str, object], where: str) -> Record:
+def read_record(line: dict[str, object], where: str) -> Record:
+    """Check one line of ``records.jsonl``; raises a ValueError that begins with ``where``."""
     if line.get("schema") != SCHEMA:
         raise ValueError(f"{where}: schema {SCHEMA} is what this version reads, got {line.get('schema')!r}")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -49,8 +50,7 @@ def build_report(path: str | Path) -> Report:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such run folder")
-    config = path / "config.yaml"
-    settings = config.read_text(encoding="utf-8") if config.exists() else ""
+    settings = _settings(path)
     vulnerabilities, protections = read_single(path / "single.jsonl"), read_protection(path / "protection.jsonl")
     if (vulnerabilities or protections) and not (path / "records.jsonl").exists():
         comparison = nothing_compared()
@@ -79,7 +79,7 @@ def build_report(path: str | Path) -> Report:
     missing = {
         "search/genotype.json: no discovered cells are shown": "search" in genotypes or not searching,
         "search/trials.jsonl: no search history is shown": "search" in searches or not searching,
-        "config.yaml: the settings are unknown": config.exists(),
+        "config.yaml: the settings are unknown": bool(settings),
         "run.json: command, code version and dataset digest are unknown": bool(info),
     }
     notes += [f"This run has no {what}." for what, there in missing.items() if not there]
@@ -212,11 +212,13 @@ def _draw(report: Report, folder: Path) -> dict[str, Markup]:
         label = f"Rewards of the {_STAGES[stage]} over its steps"
         figures[f"search:{stage}"] = plots.search_history(trials, updates=updates, title=_STAGES[stage]), label
     figures |= _vulnerability_figures(report)
-    drawn = {}
+    drawn, stems = {}, set[str]()
     for index, (key, (figure, label)) in enumerate(figures.items()):
         name, _, part = key.partition(":")
         plain = len(comparison.faults) == 1 if name == "curves" else part == "search"
-        _, svg = plots.save(figure, folder / (name if plain else f"{name}-{_slug(part)}"))
+        stem = _unused(name if plain else f"{name}-{_slug(part)}", stems)
+        stems.add(stem.lower())
+        _, svg = plots.save(figure, folder / stem)
         drawn[key] = _inline(svg.read_text(encoding="utf-8"), prefix=f"p{index}-", label=label)
     return drawn
 
@@ -288,7 +290,28 @@ def _curve(report: Report, fault: str, row: int) -> plots.Curve | None:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9-]+", "-", text)
+    return re.sub(r"[^\w-]+", "-", text)
+
+
+def _unused(stem: str, taken: set[str]) -> str:
+    """Return a name for a file, with a number where another has it."""
+    names = (stem, *(f"{stem}-{number}" for number in range(2, len(taken) + 2)))
+    return next(name for name in names if name.lower() not in taken)
+
+
+def _settings(path: Path) -> str:
+    """Return ``config.yaml`` of a run folder, "" without one; a ValueError if it is not what the run began with."""
+    config, info = path / "config.yaml", path / "run.json"
+    if not config.exists():
+        return ""
+    text = config.read_bytes()
+    stored = _read_json(info).get("config_sha256") if info.exists() else None
+    if stored not in (None, hashlib.sha256(text).hexdigest()):
+        raise ValueError(f"{config} was changed since the run began, and the report would follow it; restore it")
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config}: no UTF-8 text ({error.reason} at byte {error.start}); restore it") from None
 
 
 def _inline(svg: str, *, prefix: str, label: str) -> Markup:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import glob
 import hashlib
 import json
 import math
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 KIND = "ftnas run"
+_OWN = (".lock", "config.yaml", "run.json", "events.jsonl")
+"""What every run begins with."""
 SCHEMA = 1
 _LOCK_PATIENCE_S = 0.5  # what a killed run had just started may hold its files for a moment longer
 
@@ -141,11 +144,17 @@ class Folder:
 
 
 class RunDir(Folder):
-    """The folder of one run, held by one process at a time. A context manager, which closes it."""
+    """The folder of one run, held by one process at a time. A context manager, which closes it.
 
-    def __init__(self, path: Path, lock: Lock) -> None:
+    A new run that a user's mistake (a ValueError) ends before it has made anything leaves no folder behind, and the
+    run that it was to replace comes back.
+    """
+
+    def __init__(
+        self, path: Path, lock: Lock, *, new: bool = False, filled: bool = False, replaced: Path | None = None
+    ) -> None:
         super().__init__(path)
-        self._lock = lock
+        self._lock, self._new, self._filled, self._replaced = lock, new, filled, replaced
 
     @classmethod
     def create(cls, path: str | Path, config: Mapping[str, Any], *, overwrite: bool = False) -> RunDir:
@@ -154,8 +163,8 @@ class RunDir(Folder):
         Args:
             path: Where; a missing or an empty folder, or with ``overwrite`` one that holds a run.
             config: The resolved config, of plain values.
-            overwrite: Replace an earlier run. It is removed only after the new folder could be made, and a
-                folder that is not a run is never removed.
+            overwrite: Replace an earlier run. It lies beside the new one until that is closed, and a folder that is not
+                a run is never removed.
 
         Raises:
             ValueError: One line: the folder exists, is no run, is in use, or cannot be written.
@@ -168,13 +177,14 @@ class RunDir(Folder):
                 raise ValueError(f"{path} holds files and no run of ours, so it is left alone; choose another place")
             if old and not overwrite:
                 raise ValueError(
-                    f"run folder {path} exists already; continue it with --resume {path} or replace it with --overwrite"
+                    f"run folder {path} exists already; continue it with --resume {quoted(path)} or replace it with "
+                    "--overwrite"
                 )
             version = code_version()  # before the lock: a git process must not inherit it
             with contextlib.ExitStack() as undo:
                 # An empty folder is filled in place: it may be a mount point, in a parent that is not ours.
                 fresh = target if target.is_dir() and not old else _sibling(target, "new")
-                for name in (".lock", "config.yaml", "run.json"):
+                for name in _OWN[:3]:
                     undo.callback((fresh / name).unlink, missing_ok=True)
                 fresh.mkdir(parents=True, exist_ok=True)
                 if fresh != target:
@@ -182,14 +192,15 @@ class RunDir(Folder):
                 lock = _take_lock(fresh, path)
                 undo.callback(lock.release)
                 _describe(fresh, config, version)
+                replaced = None
                 if old:
-                    _swap(fresh, target, path)
+                    replaced = _swap(fresh, target, path)
                 elif fresh != target:
                     os.rename(fresh, target)
                 undo.pop_all()
         except OSError as error:
             _refuse(path, error)
-        return cls(target, lock)
+        return cls(target, lock, new=True, filled=fresh == target, replaced=replaced)
 
     @classmethod
     def open(cls, path: str | Path) -> RunDir:
@@ -214,6 +225,8 @@ class RunDir(Folder):
         try:
             version = code_version()  # before the lock: a git process must not inherit it
             run = cls(target, _take_lock(target, path))
+            for left in target.parent.glob(f".{glob.escape(target.name)}.old-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             run.events("opened", **version)
         except OSError as error:
             _refuse(path, error)
@@ -241,8 +254,28 @@ class RunDir(Folder):
     def __enter__(self) -> RunDir:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close()
+        mistaken = self._new and kind is not None and issubclass(kind, ValueError) and not self._made_anything()
+        if mistaken:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if mistaken and self._filled:  # an empty folder was there before
+            self.path.mkdir(exist_ok=True)
+        if self._replaced is None:
+            return
+        if mistaken:
+            os.rename(self._replaced, self.path)
+        else:
+            shutil.rmtree(self._replaced, ignore_errors=True)
+
+    def _made_anything(self) -> bool:
+        """Tell whether there is a file beyond those that every run begins with."""
+        return any(p.name not in _OWN or p.parent != self.path for p in self.path.rglob("*") if not p.is_dir())
+
+
+def quoted(path: str | Path) -> str:
+    """Return a path as a shell takes it."""
+    return shlex.quote(str(path))
 
 
 def code_version() -> dict[str, str | None]:
@@ -291,8 +324,8 @@ def _is_run(path: Path) -> bool:
     return isinstance(info, dict) and info.get("kind") == KIND
 
 
-def _swap(fresh: Path, target: Path, shown: Path) -> None:
-    """Put ``fresh`` in the place of the run ``target``, then remove the old one."""
+def _swap(fresh: Path, target: Path, shown: Path) -> Path:
+    """Put ``fresh`` in the place of the run ``target``; return where the old one lies now."""
     lock = _take_lock(target, shown)
     try:
         aside = _sibling(target, "old")
@@ -302,7 +335,7 @@ def _swap(fresh: Path, target: Path, shown: Path) -> None:
         except OSError:
             os.rename(aside, target)
             raise
-        shutil.rmtree(aside)
+        return aside
     finally:
         lock.release()
 

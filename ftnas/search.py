@@ -10,7 +10,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from ftnas.candidates import Candidates, Terms
+from ftnas.candidates import Candidates, Terms, num_scored, scored
 from ftnas.controllers import Controller, ControllerChoice, RandomConfig, ReinforceConfig, create_controller
 from ftnas.data import ImageSet
 from ftnas.derive import DeriveConfig, derive
@@ -86,6 +86,9 @@ class SearchConfig(Limits):
             raise ValueError(f"warmup_epochs must be in 0..epochs-1 = {self.epochs - 1}, got {self.warmup_epochs}")
         if not 0.0 < self.split < 1.0:
             raise ValueError(f"split must be above 0 and below 1, so that both parts have images, got {self.split:g}")
+        if self.alpha_r == 0.0 and self.reward_draws > 1:
+            raise ValueError("alpha_r=0 rewards without faults, so reward_draws has no effect; remove it")
+        self.derive.recipe(self.weights)
         return self
 
 
@@ -170,7 +173,9 @@ class Search:
         weights = config.weights
         self._loss = FaultTolerantLoss(self.supernet, alpha_l=weights.alpha_l, compute=weights.compute)
         self._batch = config.controller_batch or config.weights.batch_size
-        self._passes = -(-controller_images.num_images // self._batch)
+        self._passes = num_scored(controller_images.num_images, self._batch)
+        if self._passes == 0:
+            raise ValueError("search.split leaves one image for rewards, and batch statistics need more; lower it")
         self._num_updates = config.controller_steps or self._passes
         self._best: Genotype | None = None  # of the last controller epoch
 
@@ -197,6 +202,8 @@ class Search:
                 self._scheduler.step()
                 self._folder.journal(EPOCHS).append(record)
                 for name, value in record.items():
+                    if value is None:
+                        continue
                     board.add_scalar(name if "/" in name else f"weights/{name}", value, epoch)
                 if self._best is not None and (epoch + 1) % max(1, self.config.epochs // PICTURES) == 0:
                     _draw(board, "genotype/best of the epoch", self._best, epoch)
@@ -256,7 +263,7 @@ class Search:
         ranks.check_equal(list(self.supernet.parameters()), where=f"search epoch {epoch}")
         hits = ranks.total(torch.tensor(injection.record.hits, device=images.device)).item()
         lr = float(self._optimizer.param_groups[0]["lr"])
-        return {"lr": lr, **dict(zip(("loss", "clean_loss", "faulty_loss"), means, strict=True)), "hits": int(hits)}
+        return {"lr": lr, "loss": means[0], **self._loss.named(*means[1:]), "hits": int(hits)}
 
     def _genotypes(self, epoch: int) -> list[Genotype]:
         """Return what each batch of a weights epoch trains, in order; the controller does not move within one."""
@@ -315,7 +322,8 @@ class Search:
             passes = epoch * -(-self._num_updates // self._passes) + done
             order = seed_for(self._seed, "controller")
             augment = self.config.weights.augment
-            for batch in self._controller_images.batches(self._batch, seed=order, epoch=passes, augment=augment):
+            split = self._controller_images
+            for batch in scored(split.batches(self._batch, seed=order, epoch=passes, augment=augment), self._batch):
                 yield batch
                 left -= 1
                 if left == 0:

@@ -179,7 +179,7 @@ def run_single_faults(
         folder: Where ``single.jsonl`` lies, one line a stratum.
     """
     journal = folder.journal(RECORDS)
-    done = {_key_of(record) for record in journal.records()}
+    done = {_key_of(record, f"{journal.path}: record {n}") for n, record in enumerate(journal.records(), start=1)}
     batches = [image for image, _ in images.batches(1)]
     fault = config.fault
     for subject in subjects:
@@ -260,5 +260,9 @@ def _trials(strata: Sequence[Faults], config: SingleFaultConfig, num_images: int
     return allocate(populations, number, minimum=config.minimum)
 
 
-def _key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(record[name] for name in ("model", "train_seed", "fault", "layer", "call", "bit", "code"))
+def _key_of(record: Mapping[str, Any], where: str) -> tuple[Any, ...]:
+    names = ("model", "train_seed", "fault", "layer", "call", "bit", "code")
+    missing = next((name for name in names if name not in record), None)
+    if missing is not None:
+        raise ValueError(f"{where}: {missing!r} is missing; remove the line, and it is measured again")
+    return tuple(record[name] for name in names)

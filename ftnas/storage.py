@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import weakref
@@ -159,8 +160,10 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         TypeError: A value that ``load_checkpoint`` could not read back; the message tells where it is.
     """
     _check_loadable(state, path.name)
+    whole = io.BytesIO()  # torch hides the reason where it cannot write to a file, such as a full disk
+    torch.save(state, whole)
     with _replacing(path) as file:
-        torch.save(state, file)
+        file.write(whole.getbuffer())
 
 
 def load_checkpoint(path: str | Path) -> Any:

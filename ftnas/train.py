@@ -86,6 +86,13 @@ class FaultTolerantLoss:
         seen = {name: value.detach() for name, value in penalties.items()}
         return Losses(total, clean.detach(), faulty.detach(), seen)
 
+    def named(self, clean: float, faulty: float) -> dict[str, float | None]:
+        """Return the mean losses of an epoch for its record; None for the one that is left out."""
+        return {
+            "clean_loss": clean if self._alpha < 1.0 else None,
+            "faulty_loss": faulty if self._alpha > 0.0 else None,
+        }
+
     def _logits(self, forward: Forward, images: Tensor) -> Tensor:
         with self._compute.forward(images.device):
             logits = forward(images)
@@ -215,7 +222,7 @@ def _epoch(
 ) -> dict[str, Any]:
     num_steps = images.num_images // config.batch_size
     if num_steps == 0:
-        raise ValueError(f"train.batch_size={config.batch_size} is above the {images.num_images} training images")
+        raise ValueError(f"batch_size={config.batch_size} is above the {images.num_images} images; use less")
     device = next(model.parameters()).device
     names = () if extras is None else extras.names
     sums = torch.zeros(3 + len(names), device=device)
@@ -247,8 +254,7 @@ def _epoch(
         "epoch": epoch,
         "lr": optimizer.param_groups[0]["lr"],
         "loss": total,
-        "clean_loss": clean,
-        "faulty_loss": faulty,
+        **loss.named(clean, faulty),
         "hits": record.hits,
         "sites": record.sites,
         **found,

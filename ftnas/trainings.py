@@ -15,7 +15,7 @@ from ftnas.faults.hardware import Hardware
 from ftnas.models import build_spec, resolved_spec, save_model
 from ftnas.progress import say
 from ftnas.recipe import TrainConfig
-from ftnas.rundir import Folder
+from ftnas.rundir import Folder, quoted
 from ftnas.train import clean_accuracy, fit, fit_by_rate_protocol, rate_folder
 
 MODEL = "model.pt"
@@ -183,5 +183,5 @@ def check_failures(failures: Sequence[Failure], num: int, *, folder: Path) -> No
         names = ", ".join(failure.key for failure in failures)
         raise RuntimeError(
             f"{len(failures)} of {num} trainings failed ({names}), the last with {failures[-1].reason}; the others are "
-            f"done; events.jsonl in each folder has the reason, and --resume {folder} tries them again"
+            f"done; events.jsonl in each folder has the reason, and --resume {quoted(folder)} tries them again"
         )

@@ -35,9 +35,11 @@ def test_reward_is_the_weighted_sum_of_accuracies(alpha):
             for _ in range(3):
                 faulty.append((model(x).argmax(1) == y).double())
     assert result.clean == pytest.approx(float(torch.cat(clean).mean()))
-    if alpha:
-        assert result.faulty == pytest.approx(float(torch.cat(faulty).mean()))
-        assert injection.record.hits > 0
+    if not alpha:
+        assert result.faulty is None and result.reward == result.clean
+        return
+    assert result.faulty == pytest.approx(float(torch.cat(faulty).mean()))
+    assert injection.record.hits > 0
     assert result.reward == pytest.approx((1 - alpha) * result.clean + alpha * result.faulty)
 
 

@@ -228,3 +228,45 @@ def test_a_search_in_which_nothing_can_be_scored_names_no_winner(space, tmp_path
         with pytest.raises(RuntimeError, match="no candidate could be scored"):
             make_search(space, run.stage("search"), epochs=2).run()
         assert not run.stage("search").file("genotype.json").exists()
+
+
+def test_what_was_not_measured_is_null(space, tmp_path):
+    weights = {"batch_size": 32, "lr": 0.05, "alpha_l": 0.0}
+    with RunDir.create(tmp_path / "run", {}) as run:
+        make_search(space, run.stage("search"), epochs=2, alpha_r=0.0, weights=weights).run()
+    folder = tmp_path / "run" / "search"
+    trials, epochs = (
+        [json.loads(x) for x in (folder / f"{n}.jsonl").read_text().splitlines()] for n in ("trials", "epochs")
+    )
+    assert all(trial["faulty"] is None and trial["reward"] == trial["clean"] for trial in trials) and trials
+    assert all(epoch["faulty_loss"] is None and epoch["clean_loss"] == epoch["loss"] for epoch in epochs) and epochs
+    assert json.loads((folder / "ranking.json").read_text())[0]["final"]["faulty"] is None
+
+
+def test_a_last_batch_of_one_image_is_left_out(space, tmp_path):
+    """The shared weights normalise by the batch, and a last map of one pixel has no deviation in one image."""
+    small = tmp_path / "small.yaml"
+    small.write_text(yaml.safe_dump(SPACE | {"cells": 4, "reductions": [1, 2, 3]}))  # 8x8 to 1x1
+    with RunDir.create(tmp_path / "run", {}) as run:
+        search = make_search(small, run.stage("search"), epochs=2, controller_batch=31, controller_steps=None)
+        images = search._controller_images
+        assert images.num_images % 31 == 1
+        search.run()
+    assert not (tmp_path / "run" / "events.jsonl").exists()  # where candidates that fail are told
+    updates = (tmp_path / "run" / "search" / "updates.jsonl").read_text().splitlines()
+    assert len(updates) == images.num_images // 31
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha_r": 0.0, "reward_draws": 3}, "alpha_r=0 rewards without faults, so reward_draws has no effect"),
+        (
+            {"weights": {"batch_size": 32, "lr": 0.05, "alpha_l": 0.0, "mask_gradients": True}},
+            "alpha_l=0 trains without faults, so mask_gradients has no effect",
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused_at_the_start(space, tmp_path, changes, message):
+    with RunDir.create(tmp_path / "run", {}) as run, pytest.raises(ValueError, match=message):
+        make_search(space, run.stage("search"), **changes)

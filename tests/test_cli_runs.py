@@ -1,0 +1,195 @@
+"""Run folders from the command line: nothing is lost by a mistake, a full disk, a damaged file or a signal."""
+
+import hashlib
+import json
+import os
+import resource
+import shlex
+import signal
+import sys
+import time
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from test_cli import TRAIN, ftnas
+
+from ftnas import cli
+from ftnas.report import _slug, _unused, build_report
+from ftnas.storage import save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("finished") / "run"
+    assert ftnas("run", "quickstart", *TRAIN, "--out", path) == 0
+    return path
+
+
+def snapshot(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+MISTAKES = {
+    "device": ["device=cuda:9"],
+    "space": ["search={space: nope, epochs: 1, weights: {batch_size: 8, lr: 0.1}}"],
+    "data": ["data={name: cifar10, root: /nonexistent}"],
+    "model": ["train=null", "models={m: {file: /nonexistent.pt}}"],
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_replaces_no_run_and_leaves_none(mistake, finished, tmp_path, capsys):
+    if mistake == "device" and torch.cuda.device_count() > 9:
+        pytest.skip("the device is there")
+    before = snapshot(finished)
+    command = ["run", "quickstart", *TRAIN, *MISTAKES[mistake]]
+    assert ftnas(*command, "--out", finished, "--overwrite") == 2
+    assert snapshot(finished) == before
+    assert [path.name for path in finished.parent.iterdir()] == ["run"]
+    assert ftnas(*command, "--out", tmp_path / "new") == 2
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "empty").mkdir()
+    assert ftnas(*command, "--out", tmp_path / "empty") == 2
+    assert not list((tmp_path / "empty").iterdir())
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_what_was_replaced_is_removed_in_the_end(tmp_path):
+    one = [*TRAIN, "campaign=null", "train.recipe.epochs=1", "data.subset=300"]
+    assert ftnas("train", "quickstart", *one, "--out", tmp_path / "run") == 0
+    (tmp_path / "run" / "note.txt").write_text("of the old run")
+    assert ftnas("train", "quickstart", *one, "seed=1", "--out", tmp_path / "run", "--overwrite") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["run"] and not (tmp_path / "run" / "note.txt").exists()
+    left = tmp_path / ".run.old-0123abcd"  # by a process that was killed before
+    left.mkdir()
+    assert ftnas("train", "--resume", tmp_path / "run") == 0 and not left.exists()
+
+
+class Dies:
+    """What a weak reference can see die."""
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_in_the_callback_of_a_weak_reference_is_not_lost(monkeypatch, number, kind):
+    monkeypatch.setattr(sys, "unraisablehook", cli._interrupt_again)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with pytest.raises(kind):
+            thing = Dies()
+            reference = weakref.ref(thing, lambda _: signal.raise_signal(number))
+            del thing
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                time.sleep(0.001)
+        assert reference() is None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    others = []
+    monkeypatch.setattr(sys, "__unraisablehook__", others.append)
+    cli._interrupt_again(thing := SimpleNamespace(exc_value=ValueError("x")))
+    assert others == [thing]
+
+
+def test_the_command_line_installs_it(monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", None)
+    assert ftnas("spaces") == 0
+    assert sys.unraisablehook is cli._interrupt_again
+
+
+def test_a_full_disk_is_told_as_one(tmp_path):
+    """A limit of the size of files stands for the disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    save_checkpoint(tmp_path / "a.pt", {"x": 1})
+    whole = (tmp_path / "a.pt").read_bytes()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        with pytest.raises(OSError, match="File too large"):
+            save_checkpoint(tmp_path / "a.pt", {"x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert os.listdir(tmp_path) == ["a.pt"] and (tmp_path / "a.pt").read_bytes() == whole
+
+
+def test_pictures_of_sweeps_do_not_share_a_file():
+    taken = set()
+    for text in ("a b", "a/b", "A b", "режим А", "режим Б"):
+        stem = _unused(_slug(text), taken)
+        assert stem.lower() not in taken
+        taken.add(stem.lower())
+    assert taken == {"a-b", "a-b-2", "a-b-3", "режим-а", "режим-б"}
+
+
+@pytest.mark.parametrize("damage", ["zeros", "edited", "bytes"])
+def test_a_report_follows_no_config_that_was_changed(damage, tmp_path, finished, capsys):
+    for name in ("config.yaml", "run.json", "records.jsonl"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    config = tmp_path / "config.yaml"
+    whole = config.read_bytes()
+    build_report(tmp_path)
+    config.write_bytes({"zeros": bytes(40), "edited": whole + b"\n", "bytes": b"\xad\xff"}[damage])
+    assert ftnas("report", tmp_path) == 2
+    assert f"{config} was changed since the run began" in capsys.readouterr().err
+    if damage == "bytes":  # of a folder that never had a checksum
+        (tmp_path / "run.json").unlink()
+        assert ftnas("report", tmp_path) == 2
+        assert "no UTF-8 text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"accuracy": None}, "accuracy"), ({"rate": [1]}, "rate"), ({"accuracy": "x"}, "accuracy"), (None, "accuracy")],
+)
+def test_a_damaged_record_is_named_on_resume(tmp_path, capsys, change, message):
+    run = tmp_path / "run"
+    assert ftnas("run", "quickstart", *TRAIN, "data.subset=300", "--out", run) == 0
+    records = run / "records.jsonl"
+    lines = records.read_text().splitlines()
+    record = json.loads(lines[1])
+    record = {k: v for k, v in record.items() if k != "accuracy"} if change is None else record | change
+    records.write_text("\n".join([lines[0], json.dumps(record), *lines[2:]]) + "\n")
+    with open(run / "events.jsonl", "a", encoding="utf-8") as events:
+        events.write("{}\n")
+    capsys.readouterr()
+    assert ftnas("campaign", "--resume", run) == 2
+    error = capsys.readouterr().err
+    assert "records.jsonl: record 2" in error and message in error and "Traceback" not in error
+
+
+def test_examples_of_the_help_name_configs_with_that_section(capsys):
+    from ftnas.config import read_config
+
+    for command, needs in (("run", "search"), ("search", "search"), ("train", "train"), ("bounds", "bounds")):
+        for example in cli.EXAMPLES[command]:
+            name, *rest = shlex.split(example.split(" --out")[0])
+            config = read_config(name, rest)
+            assert getattr(config, needs) is not None
+            if command == "train":
+                assert all(model.genotype is None for model in config.train.models.values())
+    ftnas("configs")
+    listed = capsys.readouterr().out
+    assert "single faults" in listed and "protections" in listed and "bounds" in listed
+
+
+def test_commands_that_are_told_can_be_pasted(tmp_path, finished, capsys):
+    assert ftnas("train", "quickstart", "--out", tmp_path / "with space") == 2
+    assert f"--resume '{tmp_path / 'with space'}'" in capsys.readouterr().err
+
+
+def test_config_of_the_run_is_what_the_checksum_says(finished):
+    stored = json.loads((finished / "run.json").read_text())["config_sha256"]
+    text = (finished / "config.yaml").read_bytes()
+    assert hashlib.sha256(text).hexdigest() == stored and yaml.safe_load(text)["name"] == "quickstart"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("threads=100000", "less than or equal to 512"), ("campaign.sweeps.0.rates=[0.0]", "greater than 0")],
+)
+def test_numbers_out_of_range(tmp_path, capsys, change, message):
+    assert ftnas("run", "quickstart", *TRAIN, change, "--out", tmp_path / "run") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ The last columns give what folding takes, once per load of the weights: the func
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 
@@ -42,6 +43,7 @@ def fold_ms(name: str, function: str, repeats: int) -> float:
 
 def main() -> None:
     """Print one line per network, batch and function."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     print("network batch plain", *(f"{name} {name}-folded {name}-folding" for name in FUNCTIONS))
     for name, repeats in (("resnet20", 40), ("resnet18", 10)):

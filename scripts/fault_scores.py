@@ -40,6 +40,7 @@ from ftnas.progress import track
 from ftnas.rng import generator, seed_for
 from ftnas.rundir import RunDir
 from ftnas.space import Genotype, Supernet, load_space
+from ftnas.storage import load_checkpoint
 from ftnas.train import CHECKPOINT
 
 BITS = 8
@@ -110,7 +111,7 @@ def measure(path: Path, fault: Fault, num: int, draws: int) -> dict[str, np.ndar
         config = config_from(run.config)
         if config.search is None:
             raise ValueError(f"{path} has no search")
-        state = torch.load(run.stage("search").file(CHECKPOINT), weights_only=True)
+        state = load_checkpoint(run.stage("search").file(CHECKPOINT))
     images = load(config.data, "train")
     _, second = stratified_split(images.labels, config.search.split, seed=seed_for(config.seed, "split"))
     space = load_space(config.search.space)
@@ -177,7 +178,10 @@ def main() -> None:
     figure = Figure(figsize=(8.6, 3.4), facecolor=plots.PAPER, layout="constrained")
     faults = {"crash": NeuronCrash(rate=options.crash_rate), "mibb": MiBB(mac_error_rate=options.mac_error_rate)}
     for name in options.faults:
-        scores = measure(options.run, faults[name], options.genotypes, options.draws)
+        try:
+            scores = measure(options.run, faults[name], options.genotypes, options.draws)
+        except ValueError as error:
+            parser.error(str(error))
         result[name] = {"taus": taus(scores), "scores": {key: values.tolist() for key, values in scores.items()}}
         file.write_text(json.dumps(result) + "\n", encoding="utf-8")
     for index, name in enumerate(result):

@@ -1,5 +1,6 @@
 import base64
 import csv
+import hashlib
 import io
 import json
 import math
@@ -97,8 +98,10 @@ def whole_run(run: Path, **options: Any) -> Path:
         (run / stage / "trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in trials))
     updates = [{"update": u, "entropy": 1 - u / 100} for u in range(60)]
     (run / "search" / "updates.jsonl").write_text("".join(json.dumps(update) + "\n" for update in updates))
-    (run / "config.yaml").write_text("name: quickstart\nseed: 0\ncampaign:\n  devices: 10\n  note: <script>\n")
-    info = {"kind": "ftnas run", "schema": 1, "version": "0.1.0", "commit": "1f" * 20, "config_sha256": "ab" * 32}
+    config = "name: quickstart\nseed: 0\ncampaign:\n  devices: 10\n  note: <script>\n"
+    (run / "config.yaml").write_text(config)
+    digest = hashlib.sha256(config.encode()).hexdigest()
+    info = {"kind": "ftnas run", "schema": 1, "version": "0.1.0", "commit": "1f" * 20, "config_sha256": digest}
     info |= {"command": "ftnas run quickstart", "dataset_digest": "d1" * 16, "num_classes": 10, "created": "now"}
     (run / "run.json").write_text(json.dumps(info))
     return run
@@ -176,7 +179,8 @@ def test_page_says_everything(run: Path) -> None:
     for name in NAMES:
         assert said.count(name) >= 3
     assert "<b>evil" not in text and "<script" not in text
-    for fact in ("ftnas run quickstart", "1f" * 20, "d1" * 16, "ab" * 32, "devices: 10", "one training seed"):
+    digest = json.loads((run / "run.json").read_text())["config_sha256"]
+    for fact in ("ftnas run quickstart", "1f" * 20, "d1" * 16, digest, "devices: 10", "one training seed"):
         assert fact in said
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
 

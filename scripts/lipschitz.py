@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ftnas import boundplots, plots, rng
 from ftnas.bounds import Failures, summarize
@@ -29,28 +29,23 @@ CONSTANTS = tuple(float(k) for k in np.geomspace(1 / 64, 16, 21))
 FAILING = 1 / 8
 
 
-class Tuned(nn.Module):
-    """sigmoid(4 K x), which is K-Lipschitz."""
-
-    def __init__(self, constant: float) -> None:
-        super().__init__()
-        self.constant = constant
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map a tensor of any shape."""
-        return torch.sigmoid(4.0 * self.constant * x)
-
-
+@torch.no_grad()
 def network(depth: int, width: int, constant: float) -> nn.Sequential:
-    """Return the network; its weights, uniform in [-1, 1] / sqrt(inputs), depend on depth and width alone."""
+    """Return the network; its weights, uniform in [-1, 1] / sqrt(inputs), depend on depth and width alone.
+
+    The factor 4 K is in the weights before each sigmoid, so that a neuron is what it sends.
+    """
     sizes = [64, *[width] * depth, 1]
     layers: list[nn.Module] = []
     with rng.isolated(0, "lipschitz", depth, width):
         for into, out in itertools.pairwise(sizes):
-            layers += [nn.Linear(into, out), Tuned(constant)]
+            layers += [nn.Linear(into, out), nn.Sigmoid()]
             nn.init.uniform_(layers[-2].weight, -(into**-0.5), into**-0.5)  # type: ignore[arg-type]
             nn.init.zeros_(layers[-2].bias)  # type: ignore[arg-type]
-    return nn.Sequential(*layers[:-1]).double()
+    model = nn.Sequential(*layers[:-1]).double()
+    for module in model[:-1:2]:
+        module.weight *= 4.0 * constant  # type: ignore[operator]
+    return model
 
 
 def measure(depth: int, width: int, *, samples: int, draws: int) -> dict[str, Any]:

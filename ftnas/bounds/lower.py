@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from ftnas.bounds.ops import Activation, Add, Affine, Average, Concat, Constant, MaxPool, Move, Op, Scale, Window
+from ftnas.bounds.ops import Activation, Add, Affine, Average, Concat, Constant, MaxPool, Move, Norm, Op, Scale, Window
 from ftnas.bounds.trace import BATCH, label
 
 Module = Callable[[str, Any], Op]
@@ -52,6 +52,8 @@ def lower(node: fx.Node, module: nn.Module | None, values: dict[str, Tensor]) ->
 
 
 def _module(name: str, module: nn.Module, node: fx.Node, values: dict[str, Tensor]) -> Op:
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        raise ValueError(f"layer {name!r} has hooks or a forward of its own, which are not bounded; remove them")
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         return _affine(name, module)
     if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -130,7 +132,7 @@ def _affine(name: str, module: nn.Linear | nn.Conv2d) -> Affine:
     return Affine(weight, bias, window, stored, torch.ones_like(bias))
 
 
-def _norm(name: str, module: nn.BatchNorm1d | nn.BatchNorm2d, dims: int) -> Scale:
+def _norm(name: str, module: nn.BatchNorm1d | nn.BatchNorm2d, dims: int) -> Norm:
     if module.running_var is None or module.running_mean is None:
         raise ValueError(f"layer {name!r} normalises by the batch, so that samples see each other; no bound")
     factor = (module.running_var.double() + module.eps).rsqrt()
@@ -138,7 +140,7 @@ def _norm(name: str, module: nn.BatchNorm1d | nn.BatchNorm2d, dims: int) -> Scal
     shift = -module.running_mean.double() * factor
     shift = shift if module.bias is None else shift + module.bias.detach().double()
     shape = (1, -1, *[1] * (dims - 2))
-    return Scale(factor.view(shape), shift.view(shape))
+    return Norm(factor.view(shape), shift.view(shape))
 
 
 def _activation(name: str, module: nn.Module) -> Activation:

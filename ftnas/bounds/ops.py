@@ -126,7 +126,7 @@ class Affine(Op):
 
 @dataclass(frozen=True, eq=False)
 class Scale(Op):
-    """factor x + shift, of each channel or of everything: a BatchNorm that cannot be folded, a number.
+    """factor x + shift, of each channel or of everything: what a number does.
 
     Attributes:
         factor: float64, broadcasts over [B, ...].
@@ -148,6 +148,10 @@ class Scale(Op):
     def bound(self, *errors: Tensor) -> Tensor:
         """Return |factor| e."""
         return errors[0] * self.factor.abs()
+
+
+class Norm(Scale):
+    """A BatchNorm in evaluation."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from ftnas.bounds.lower import lower
-from ftnas.bounds.ops import Activation, Affine, Box, Concat, Constant, MaxPool, Op, Scale
-from ftnas.bounds.trace import PREFIX, check_in_place, label, path, trace
+from ftnas.bounds.ops import Activation, Affine, Box, Concat, Constant, MaxPool, Norm, Op
+from ftnas.bounds.trace import PREFIX, check_in_place, label, outputs_of, path, trace
+from ftnas.rng import generator
 
 Change = Callable[[Tensor], Tensor]
+AGREE = 1e-4
+"""Largest difference of a summary's outputs from the model's, both in float64, as a share of the largest output."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,10 +197,11 @@ def summarize(model: nn.Module, shape: Sequence[int], *, fold: bool = True) -> S
     Args:
         model: From float images or vectors [B, *shape] to [B, M], seen in evaluation mode; it is not changed.
         shape: Of a sample.
-        fold: Whether a BatchNorm that alone reads a layer becomes part of it.
+        fold: Whether a BatchNorm that alone reads a layer becomes part of it, as in `ftnas.inject`, and nn.Identity
+            is left out.
 
     Raises:
-        ValueError: One line: the layer or function that is not bounded, by name.
+        ValueError: One line: the layer or function that is not bounded, by name; or the outputs are not the model's.
     """
     graph, values = trace(model, tuple(shape))
     modules = {f"{PREFIX}{name}" if name else PREFIX[:-1]: module for name, module in model.named_modules()}
@@ -215,13 +219,33 @@ def summarize(model: nn.Module, shape: Sequence[int], *, fold: bool = True) -> S
         elif call.op == "get_attr":
             raise ValueError(f"{label(call)!r} is used by a function and not by a layer, which is not bounded")
         else:
-            op, read = lower(call, modules.get(str(call.target)) if call.op == "call_module" else None, values)
+            module = modules.get(str(call.target)) if call.op == "call_module" else None
+            op, read = lower(call, module, values)
             name = path(call)
+            if fold and isinstance(module, nn.Identity):
+                index[call] = index[read[0]]
+                continue
         index[call] = len(nodes)
         inputs = tuple(index[source] for source in read)
         nodes.append(Node(op, inputs, tuple(values[call.name].shape[1:]), name))
     nodes = _fold(nodes) if fold else nodes
-    return Summary(tuple(nodes), tuple(_layers(nodes)))
+    summary = Summary(tuple(nodes), tuple(_layers(nodes)))
+    _compare(summary, model)
+    return summary
+
+
+def _compare(summary: Summary, model: nn.Module) -> None:
+    """Refuse a summary that gives other outputs than the model, on random inputs of several sizes."""
+    sizes = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
+    inputs = torch.randn(*summary.nodes[0].shape, len(sizes), generator=generator(0, "summary"), dtype=torch.float64)
+    inputs = (inputs * sizes).movedim(-1, 0).to(summary.device)
+    wanted = outputs_of(model, inputs)
+    off = float((summary.run(inputs)[-1] - wanted).abs().amax())
+    if not off <= AGREE * float(wanted.abs().amax()) + 1e-9:
+        raise ValueError(
+            f"{type(model).__name__} gives other outputs than the layers it is made of would, by {off:.3g} on random "
+            "inputs; a layer does something else than its type says, or its values are not finite"
+        )
 
 
 def _checked_output(output: object, nodes: list[Node], index: Mapping[fx.Node, int]) -> list[Node]:
@@ -232,22 +256,24 @@ def _checked_output(output: object, nodes: list[Node], index: Mapping[fx.Node, i
 
 
 def _fold(nodes: Sequence[Node]) -> list[Node]:
-    """Fold each Scale that alone reads an Affine into it, and drop what nothing reads."""
+    """Fold each BatchNorm that alone reads an Affine into it, and drop what nothing reads."""
     readers = _readers(nodes)
     merged: dict[int, int] = {}
     kept = dict(enumerate(nodes))
     for number, node in enumerate(nodes):
-        if not isinstance(node.op, Scale):
+        if not isinstance(node.op, Norm):
             continue
-        source = merged.get(node.inputs[0], node.inputs[0])
-        before = kept[source]
-        if isinstance(before.op, Affine) and len(readers[node.inputs[0]]) == 1:
-            out = len(before.op.bias)
-            factor, shift = (
-                t.expand(1, out, *[1] * (t.dim() - 2)).reshape(-1) for t in (node.op.factor, node.op.shift)
+        source = node.inputs[0]
+        before = nodes[source]
+        if not isinstance(before.op, Affine) or len(readers[source]) != 1:
+            continue
+        if before.op.window is None and len(before.shape) > 1:
+            raise ValueError(
+                f"layer {node.name!r} normalises positions and not the features that {before.name!r} gives, "
+                "which is not bounded; a Conv2d of kernel 1 and BatchNorm2d are"
             )
-            kept[source] = replace(before, op=before.op.scaled(factor, shift))
-            merged[number] = source
+        kept[source] = replace(before, op=before.op.scaled(node.op.factor.flatten(), node.op.shift.flatten()))
+        merged[number] = source
     needed = {merged.get(len(nodes) - 1, len(nodes) - 1)}
     for number in reversed(range(len(nodes))):
         if number in needed:

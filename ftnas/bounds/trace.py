@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 
 BATCH = 2
 """Samples that a trace is made with."""
@@ -56,8 +60,9 @@ class Tracer(fx.Tracer):
         self._running = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Tell whether a module is one call: torch's own are, and pooling that does the same in another way."""
-        return isinstance(m, (nn.MaxPool2d, nn.AvgPool2d)) or super().is_leaf_module(m, module_qualified_name)
+        """Tell whether a module is one call: torch's own are, and our pooling, which does the same in another way."""
+        ours = isinstance(m, (nn.MaxPool2d, nn.AvgPool2d)) and type(m).__module__.startswith("ftnas.")
+        return ours or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return a value that knows its shape."""
@@ -131,10 +136,39 @@ def trace(model: nn.Module, shape: tuple[int, ...]) -> tuple[fx.Graph, dict[str,
     first = next(model.parameters(), torch.empty(0))
     example = torch.zeros(BATCH, *shape, dtype=first.dtype if first.is_floating_point() else None, device=first.device)
     tracer = Tracer(example)
+    with _evaluating(model, shape):
+        graph = tracer.trace(_Root(model))
+    return graph, tracer.values
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return what a model gives in evaluation mode and in float64; it stays as it was.
+
+    Args:
+        model: From [B, ...] to [B, M].
+        inputs: float64 [B, ...].
+
+    Raises:
+        ValueError: One line: it does not run on them.
+    """
+    exact = {}
+    for prefix, module in model.named_modules():  # each module once, where names alone would meet a shared one twice
+        for name, value in itertools.chain(module._parameters.items(), module._buffers.items()):
+            if value is not None and value.is_floating_point():
+                exact[f"{prefix}.{name}" if prefix else name] = value.double()
+    with _evaluating(model, tuple(inputs.shape[1:])):
+        outputs: Tensor = functional_call(model, exact, (inputs.clone(),), tie_weights=False)
+    return outputs
+
+
+@contextmanager
+def _evaluating(model: nn.Module, shape: tuple[int, ...]) -> Iterator[None]:
+    """Put a model in evaluation mode for the body; what goes wrong there is one line."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        graph = tracer.trace(_Root(model))
+        yield
     except (fx.proxy.TraceError, TypeError, RuntimeError, NotImplementedError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -143,7 +177,6 @@ def trace(model: nn.Module, shape: tuple[int, ...]) -> tuple[fx.Graph, dict[str,
     finally:
         for module in training:
             module.training = True
-    return graph, tracer.values
 
 
 def check_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:

@@ -68,7 +68,8 @@ def byzantine_from_variance(cut: Cut, inputs: Tensor, variance: Tensor, *, p: fl
     _check(cut, delta)
     _check_p(p)
     size = cut.values(inputs).double().flatten(1).abs()
-    return delta * (variance.double() / p).sqrt()[:, :, None] / size[:, None, :]
+    size = size[:, None, :].expand(-1, variance.shape[1], -1)
+    return torch.where(size == 0, torch.inf, delta * (variance.double() / p).sqrt()[:, :, None] / size)
 
 
 def variance_from_byzantine(cut: Cut, inputs: Tensor, errors: Tensor, *, p: float, delta: float) -> Tensor:

@@ -26,6 +26,8 @@ Order = Literal[1, 2, "inf"]
 def absolute(cut: Cut, inputs: Tensor, *, p: float) -> Tensor:
     """Bound E|Delta| of each output: bound b2, float64 [B, M].
 
+    A maximum takes the sum of its window's errors on: the expected largest error can be above the largest expected one.
+
     Args:
         cut: Of a network that `summarize` takes.
         inputs: float [B, ...].
@@ -36,7 +38,7 @@ def absolute(cut: Cut, inputs: Tensor, *, p: float) -> Tensor:
     """
     _check(p)
     summary, start, values = _start(cut, inputs)
-    errors = summary.spread({start: p * values.double().abs()}, batch=len(inputs), exact_maxima=True)
+    errors = summary.spread({start: p * values.double().abs()}, batch=len(inputs))
     return _reached(cut, errors[-1])
 
 

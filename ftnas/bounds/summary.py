@@ -99,20 +99,21 @@ class Summary:
                 boxes.append(node.op.box(*(boxes[i] for i in node.inputs)))
         return boxes
 
-    def spread(self, errors: Mapping[int, Tensor], *, batch: int, exact_maxima: bool) -> list[Tensor | None]:
+    def spread(self, errors: Mapping[int, Tensor], *, batch: int) -> list[Tensor | None]:
         """Bound the errors of every node from errors that enter at some, float64 [batch, ...]; None where none comes.
+
+        It is linear in these (`Op.spread`), so that it bounds expected errors by expected errors too.
 
         Args:
             errors: By node, what is added to the error that arrives there; they may require gradients.
             batch: Size of the batch.
-            exact_maxima: Whether a maximum gives the largest error (`Op.bound`) or their sum (`Op.spread`, linear).
         """
         found: list[Tensor | None] = []
         for number, node in enumerate(self.nodes):
             arriving: Tensor | None = None
             if node.op is not None and any(found[i] is not None for i in node.inputs):
                 parts = [self._or_zero(found[i], i, batch) for i in node.inputs]
-                arriving = node.op.bound(*parts) if exact_maxima else node.op.spread(*parts)
+                arriving = node.op.spread(*parts)
             own = errors.get(number)
             found.append(arriving if own is None else own if arriving is None else arriving + own)
         return found

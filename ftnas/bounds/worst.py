@@ -120,7 +120,7 @@ def gains(summary: Summary, nodes: Sequence[int]) -> list[Tensor]:
             for n in nodes
         ]
         with torch.enable_grad():
-            out = summary.spread(dict(zip(nodes, leaves, strict=True)), batch=len(part), exact_maxima=False)[-1]
+            out = summary.spread(dict(zip(nodes, leaves, strict=True)), batch=len(part))[-1]
             picked = out[:, part].diagonal().sum() if out is not None else torch.zeros((), requires_grad=True)
             grads = torch.autograd.grad(picked, leaves, allow_unused=True)
         for rows, leaf, grad in zip(found, leaves, grads, strict=True):

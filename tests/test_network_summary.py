@@ -264,6 +264,7 @@ def overwriting(net, x):
         (nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), "layer '1' is a LayerNorm"),
         (nn.Sequential(nn.Linear(4, 3), nn.PReLU()), "layer '1' is a PReLU"),
         (nn.Sequential(nn.Linear(4, 3), nn.LeakyReLU(-0.5)), "layer '1' has negative_slope -0.5"),
+        (nn.Sequential(nn.Linear(4, 3), nn.Softplus(threshold=1)), "layer '1' has threshold 1, where it jumps down"),
         (nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)), "layer '0' normalises by the batch"),
         (Refusing(lambda net, x: torch.softmax(x, dim=1)), "function 'softmax' \\(softmax\\) is not bounded"),
         (Refusing(lambda net, x: x * x), "joins two values by mul"),

@@ -155,6 +155,10 @@ def _activation(name: str, module: nn.Module) -> Activation:
             f"layer {name!r} is a {kind.__name__}, which is not bounded; Linear, Conv2d, BatchNorm, pooling and "
             f"{known} are"
         )
+    if isinstance(module, nn.Softplus) and module.threshold < 20:
+        raise ValueError(
+            f"layer {name!r} has threshold {module.threshold}, where it jumps down; no bound below a threshold of 20"
+        )
     if kind in slopes:
         slope = float(getattr(module, slopes[kind]))
         if slope < 0:
@@ -190,9 +194,14 @@ def _functional_max_pool(node: fx.Node) -> MaxPool:
 def _adaptive(function: Callable[[Tensor], Tensor], node: fx.Node, values: dict[str, Tensor]) -> Average:
     first: Any = node.args[0]
     source, out = values[first.name].shape, values[node.name].shape
-    rows, columns = (out[2], out[3]) if len(out) == 4 else (1, 1)
-    whole = source[2] % rows == 0 and source[3] % columns == 0
-    return Average(function, 1 if whole else 4)  # windows of uneven sizes overlap with their neighbours at most
+    sizes = zip(source[2:], out[2:] if len(out) == 4 else (1, 1), strict=True)
+    return Average(function, math.prod(shared_windows(*pair) for pair in sizes))
+
+
+def shared_windows(source: int, out: int) -> int:
+    """Return in how many of the ``out`` windows of an adaptive pooling over ``source`` values one of them can be."""
+    windows = [(n * source // out, -(-(n + 1) * source // out)) for n in range(out)]
+    return max(sum(low <= value < high for low, high in windows) for value in range(source))
 
 
 def _over_map(node: fx.Node) -> bool:

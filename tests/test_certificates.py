@@ -24,7 +24,10 @@ from ftnas.bounds import (
     write_certificate,
 )
 from ftnas.bounds import search as searching
+from ftnas.bounds.certificate import Certificate
+from ftnas.bounds.search import asked
 from ftnas.rng import generator, isolated
+from ftnas.settings import parse
 
 
 def random_costs(sizes, *, rows=3, seed=0, times=1):
@@ -232,6 +235,70 @@ CHANGES = {
 }
 
 
+SAMPLE_CHANGES = {
+    "number": (lambda domain: domain.update(number=1000), "says 1000 samples, and there are 12"),
+    "lost": (lambda domain: domain.update(certified=list(range(12))), "sample [0-9]+ is not certified"),
+    "negative": (lambda domain: domain.update(certified=[-1]), "certified are positions of 12 samples"),
+    "far": (lambda domain: domain.update(certified=[12]), "certified are positions of 12 samples"),
+    "twice": (lambda domain: domain.update(certified=domain["certified"] * 2), "each once and in order"),
+    "box": (lambda domain: domain.update(kind="box", low=[0.0] * 3, high=[1.0] * 3), "domain"),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLE_CHANGES)
+def test_a_tampered_certificate_over_samples_fails(tmp_path, name):
+    change, message = SAMPLE_CHANGES[name]
+    model, x = chain(), normal(12, 3)
+    made = certify_samples(model, x, failures=Failures(), share=0.2)
+    assert 0 < sum(made.counts) and 0 < len(made.domain.certified) < 12
+    plain = made.model_dump(mode="json")
+    change(plain["domain"])
+    with pytest.raises(ValueError, match=message) as caught:
+        verify(parse(Certificate, plain), model, x)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("budget", [0.5, None])
+def test_a_box_has_a_budget_and_samples_have_none(budget):
+    model = chain()
+    box = certify(model, BOX, shape=(3,), failures=Failures(), budget=1.0)
+    samples = certify_samples(model, normal(8, 3), failures=Failures(), share=0.5)
+    with pytest.raises(ValueError, match="over samples each margin is the budget"):
+        parse(Certificate, {**(samples if budget else box).model_dump(mode="json"), "budget": budget})
+
+
+def test_a_share_is_not_rounded_up_by_what_no_float_is():
+    """0.07 of 100 is 7: the 7 samples that bear a crash are enough."""
+    assert [asked(*pair) for pair in ((0.07, 100), (0.55, 100), (0.5, 3), (1.0, 7), (1e-12, 5))] == [7, 55, 2, 7, 1]
+    model = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2))
+    with torch.no_grad():
+        for layer, weight, bias in ((model[0], [[1.0]], [0.0]), (model[2], [[1.0], [0.0]], [0.0, 0.5])):
+            layer.weight.copy_(torch.tensor(weight))
+            layer.bias.copy_(torch.tensor(bias))
+    x = torch.ones(100, 1)
+    x[::15] = 0.1  # the second class without the neuron too
+    for evenly in (False, True):
+        made = certify_samples(model, x, failures=Failures(), share=0.07, spread_evenly=evenly)
+        assert made.counts == [1] and made.domain.certified == tuple(range(0, 100, 15))
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), nn.Flatten()])
+def test_a_network_without_neurons_before_its_outputs(model):
+    calls = [
+        lambda: certify(model, SMALL, shape=(1, 2, 2), failures=Failures(), budget=1.0),
+        lambda: certify_samples(model, normal(5, 1, 2, 2), failures=Failures(), share=0.5),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="no neurons before its outputs that could fail; take component: synapse"):
+            call()
+    synapses = Failures(component="synapse")
+    if isinstance(model, nn.Flatten):
+        with pytest.raises(ValueError, match="it has no synapses"):
+            certify(model, SMALL, shape=(1, 2, 2), failures=synapses, budget=1.0)
+    else:
+        verify(certify(model, SMALL, shape=(1, 2, 2), failures=synapses, budget=1.0), model)
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_tampered_certificate_fails(tmp_path, name):
     change, message = CHANGES[name]
@@ -250,7 +317,7 @@ def test_a_changed_model_or_other_samples_fail():
     samples = certify_samples(model, x, failures=Failures(), share=0.5)
     with pytest.raises(ValueError, match="other samples"):
         verify(samples, model, x + 1.0)
-    with pytest.raises(ValueError, match="other samples"):
+    with pytest.raises(ValueError, match="about samples, and none are given"):
         verify(samples, model)
     with torch.no_grad():
         model[0].weight[0, 0] += 1e-3

@@ -97,7 +97,7 @@ def test_a_certificate_is_verified_on_the_command_line(run, capsys):
     assert ftnas("verify", folder / "images.json", model, "--allow-factory") == 2
     error = capsys.readouterr().err
     assert "ftnas verify: --allow-factory" in error
-    assert "other samples" in error and error.count("\n") == 2
+    assert "about samples, and none are given" in error and error.count("\n") == 2
 
 
 def test_finished_numbers_are_kept(run, capsys):

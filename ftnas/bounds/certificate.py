@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ftnas.bounds.margins import margins
 from ftnas.bounds.ranges import intervals
-from ftnas.bounds.search import Found, even, largest, within
+from ftnas.bounds.search import Found, asked, even, largest, within
 from ftnas.bounds.summary import Summary, summarize
 from ftnas.bounds.worst import Cost, Failures, neuron_costs, synapse_costs, total
 from ftnas.settings import Count, Settings, parse
@@ -48,13 +47,19 @@ class Samples(Settings):
     Attributes:
         digest: SHA-256 of all of them, float32.
         number: How many.
-        certified: Positions of those whose answers stay.
+        certified: Positions of those whose answers stay, in order.
     """
 
     kind: Literal["samples"] = "samples"
     digest: str
     number: Count
     certified: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _positions(self) -> Samples:
+        if list(self.certified) != sorted({n for n in self.certified if 0 <= n < self.number}):
+            raise ValueError(f"certified are positions of {self.number} samples from 0, each once and in order")
+        return self
 
 
 class Tolerated(Settings):
@@ -104,6 +109,12 @@ class Certificate(Settings):
     method: Literal["paths"] = "paths"
     search: Literal["exact", "greedy", "even"]
     gap: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Certificate:
+        if (self.budget is None) != (self.domain.kind == "samples"):
+            raise ValueError("budget is of a box of inputs; over samples each margin is the budget, and it is null")
+        return self
 
     @property
     def counts(self) -> list[int]:
@@ -177,7 +188,7 @@ def certify_samples(
         chosen = even(found.costs, found.budgets, samples=len(inputs), share=share)
     else:
         bearing = torch.stack(found.tolerated()).sum(dim=0).sort(descending=True, stable=True).indices
-        some = found.of(bearing[: math.ceil(share * len(inputs))])
+        some = found.of(bearing[: asked(share, len(inputs))])
         chosen = largest(some.costs, some.budgets)
     kept = within(found.costs, chosen.counts, found.budgets, samples=len(inputs))
     return Certificate(
@@ -194,7 +205,9 @@ def certify_samples(
 
 
 def verify(certificate: Certificate, model: nn.Module, inputs: Tensor | None = None) -> None:
-    """Compute a certificate's numbers again and compare.
+    """Compute what a certificate's failures can do again, and compare.
+
+    ``search`` and ``gap`` say how the numbers of failures were found, and are not looked at.
 
     Args:
         certificate: What is claimed.
@@ -208,13 +221,19 @@ def verify(certificate: Certificate, model: nn.Module, inputs: Tensor | None = N
     if model_digest(model, summary) != certificate.model:
         raise ValueError("the certificate is of another model: the digests of structure and weights differ")
     if isinstance(certificate.domain, Samples):
-        if inputs is None or _digest_of(inputs) != certificate.domain.digest:
+        if inputs is None:
+            raise ValueError(
+                "the certificate is about samples, and none are given; verify(..., inputs) in Python takes them"
+            )
+        if _digest_of(inputs) != certificate.domain.digest:
             raise ValueError("the certificate is about other samples than those given; their digests differ")
+        if len(inputs) != certificate.domain.number:
+            raise ValueError(f"the certificate says {certificate.domain.number} samples, and there are {len(inputs)}")
         found = margins(summary, inputs, certificate.failures)
         costs, budgets = found.costs, found.budgets
         _check_layers(certificate, costs)
         kept = within(costs, certificate.counts, budgets, samples=len(inputs))
-        lost = [n for n in certificate.domain.certified if n >= len(kept) or not kept[n]]
+        lost = [n for n in certificate.domain.certified if not kept[n]]
         if lost:
             raise ValueError(f"sample {lost[0]} is not certified under these failures: its margin can be used up")
         bound, limit = _used(costs, certificate.counts, budgets, kept), 1.0

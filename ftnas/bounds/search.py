@@ -77,13 +77,18 @@ def even(costs: Sequence[Cost], budgets: Tensor, *, samples: int = 1, share: flo
     def counts(step: int) -> list[int]:
         return [step * size // steps for size in sizes]
 
-    low, high = 0, steps
+    low, high, needed = 0, steps, asked(share, samples)
     while low < high:
         middle = (low + high + 1) // 2
         kept = within(costs, counts(middle), budgets, samples=samples)
-        low, high = (middle, high) if float(kept.double().mean()) >= share else (low, middle - 1)
+        low, high = (middle, high) if int(kept.sum()) >= needed else (low, middle - 1)
     chosen = tuple(counts(low))
     return Found(chosen, sum(chosen), True)
+
+
+def asked(share: float, samples: int) -> int:
+    """Return how many samples a share of them asks for, at least 1: 7 for 0.07 of 100, whose product is above 7."""
+    return max(1, math.ceil(share * samples - 1e-9))
 
 
 def within(costs: Sequence[Cost], counts: Sequence[int], budgets: Tensor, *, samples: int) -> Tensor:

@@ -111,7 +111,13 @@ class Cost:
 
 
 def gains(summary: Summary, nodes: Sequence[int]) -> list[Tensor]:
-    """Return G for each of some nodes, float64 [M, ...]: how far an error of 1 at a value moves each output at most."""
+    """Return G for each of some nodes, float64 [M, ...]: how far an error of 1 at a value moves each output at most.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if not nodes:
+        raise ValueError("the network has no neurons before its outputs that could fail; take component: synapse")
     found: list[list[Tensor]] = [[] for _ in nodes]
     device = summary.device
     for part in torch.arange(summary.num_outputs, device=device).split(CHUNK):
@@ -169,6 +175,8 @@ def synapse_costs(summary: Summary, ranges: Ranges, failures: Failures) -> list[
         For every Linear and Conv2d in the order of their run; rows are [B, M] flattened.
     """
     points = [number for number, node in enumerate(summary.nodes) if isinstance(node.op, Affine)]
+    if not points:
+        raise ValueError("the network has no Linear and no Conv2d, so that it has no synapses")
     costs = []
     for point, gain in zip(points, gains(summary, points), strict=True):
         op, node = summary.nodes[point].op, summary.nodes[point]

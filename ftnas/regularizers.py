@@ -24,7 +24,7 @@ _STEADY = (
     nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.Softsign, nn.Softplus, nn.ELU, nn.LeakyReLU, nn.Identity,
     nn.Dropout, nn.Dropout2d, nn.Flatten, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
 )  # fmt: skip
-"""Layers that move a value by no more than what they read moves."""
+"""Layers that move values by no more in all than what they read moves, but for those of `_steep`."""
 
 
 class _AtLayers(Settings):
@@ -213,7 +213,8 @@ def chain_of(model: nn.Module) -> list[nn.Conv2d | nn.Linear]:
     """Return the layers of a chain that have weights, in the order in which they run.
 
     Raises:
-        ValueError: One line: values that join, a layer that runs twice, an unknown layer, or fewer than two of them.
+        ValueError: One line: values that join, a layer that runs twice, an unknown or too steep layer, or fewer than
+            two of them.
     """
     modules, layers = dict(model.named_modules()), []
     try:
@@ -233,9 +234,31 @@ def chain_of(model: nn.Module) -> list[nn.Conv2d | nn.Linear]:
             raise ValueError(
                 f"fep is for chains of Linear, Conv2d, activation and pooling, got {kind} at {node.name!r}"
             )
+        elif module is not None and _steep(module):
+            raise ValueError(
+                f"fep is for layers that move no more than they read, and {node.target!r} {_steep(module)}"
+            )
     if len(layers) < 2 or len(set(map(id, layers))) < len(layers):
         raise ValueError("fep needs two layers with weights or more, each of which runs once")
     return layers
+
+
+def _steep(module: nn.Module) -> str:
+    """Return how a layer of the known ones moves more than what it reads moves; nothing where it does not."""
+    if isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)):
+        sizes, strides, apart = (_pair(getattr(module, name, 1)) for name in ("kernel_size", "stride", "dilation"))
+        if strides[0] < sizes[0] or strides[1] < sizes[1] or apart != (1, 1):
+            return f"has windows of {sizes} that overlap, at strides {strides} and dilations {apart}"
+    if isinstance(module, nn.AdaptiveAvgPool2d) and _pair(module.output_size) not in ((1, 1), (None, None)):
+        return f"can repeat values, with output size {module.output_size}; pool to size 1"
+    for kind, name in ((nn.ELU, "alpha"), (nn.LeakyReLU, "negative_slope")):
+        if isinstance(module, kind) and abs(getattr(module, name)) > 1:
+            return f"has {name} {getattr(module, name)}; use at most 1"
+    return ""
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
 def _unchanged(config: CrashVariance, seen: list[tuple[Tensor, int]]) -> list[Tensor]:

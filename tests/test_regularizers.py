@@ -41,6 +41,10 @@ def small_net():
         )
 
 
+def pooled(layer):
+    return nn.Sequential(nn.Conv2d(1, 2, 1), layer, nn.Conv2d(2, 2, 1), nn.Flatten())
+
+
 def smooth_net():
     with isolated(0, "net"):
         return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
@@ -135,6 +139,19 @@ def test_fep_bounds_what_one_unit_of_each_hidden_layer_can_do():
         second = net[4](net[3](net[2](first)))
         second[:, torch.randint(6, (), generator=draw), 0, 1] -= 1.0
         assert (net[6](net[5](second)) - net(x)).abs().max() <= fep
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.MaxPool2d(2), nn.AvgPool2d((1, 2)), nn.MaxPool2d(1, 3), nn.AdaptiveAvgPool2d(1), nn.ELU(), nn.LeakyReLU(0.3)],
+)
+def test_layers_of_a_chain_that_move_no_more_than_they_read(layer):
+    """In all: one value that moves by 1 moves the sum of those that come out by 1 at most."""
+    assert len(chain_of(pooled(layer))) == 2
+    x = torch.randn(2, 1, 4, 6, generator=generator(1, "x"))
+    for place in range(24):
+        moved = x.flatten(2).index_add(2, torch.tensor([place]), torch.ones(2, 1, 1)).view_as(x)
+        assert (layer(moved) - layer(x)).abs().flatten(1).sum(1).max() <= 1.0 + 1e-5
 
 
 def test_dropout_crashes_units_and_does_not_scale():
@@ -245,6 +262,13 @@ def test_without_regularizers_the_loss_is_as_before(images):
         (lambda: Regularization([Fep(weight=1.0)], create("resnet20", width=0.25)), "fep is for chains"),
         (lambda: Regularization([Fep(weight=1.0)], create("vgg16", width=0.125)), "got BatchNorm2d"),
         (lambda: Regularization([Fep(weight=1.0)], nn.Sequential(nn.Linear(2, 2))), "fep needs two layers"),
+        (lambda: chain_of(pooled(nn.MaxPool2d(3, 1, 1))), "'1' has windows of \\(3, 3\\) that overlap"),
+        (lambda: chain_of(pooled(nn.MaxPool2d((1, 3), (1, 2)))), "'1' has windows of \\(1, 3\\) that overlap"),
+        (lambda: chain_of(pooled(nn.MaxPool2d(2, dilation=2))), "that overlap, at strides \\(2, 2\\) and dilations"),
+        (lambda: chain_of(pooled(nn.AvgPool2d(2, 1))), "'1' has windows of \\(2, 2\\) that overlap"),
+        (lambda: chain_of(pooled(nn.AdaptiveAvgPool2d(7))), "'1' can repeat values, with output size 7"),
+        (lambda: chain_of(pooled(nn.ELU(alpha=5.0))), "'1' has alpha 5.0; use at most 1"),
+        (lambda: chain_of(pooled(nn.LeakyReLU(-2.0))), "'1' has negative_slope -2.0; use at most 1"),
         (
             lambda: penalty(small_net(), torch.ones(1, 1, 8, 8), CrashVariance(layers=("0",), rate=0.1)),
             "outputs of 0 are changed in place",

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from ftnas.bounds import Cut, absolute, exact, linear, norm, sampled, single
+from ftnas import baselines
+from ftnas.bounds import Cut, absolute, byzantine, exact, exact_jointly, linear, norm, sampled, single
 from ftnas.rng import generator, isolated
 from ftnas.space import Genotype, build_network, load_space
 
@@ -206,3 +207,91 @@ def test_a_layer_that_runs_twice_is_refused():
     shared = nn.Linear(6, 6)
     with pytest.raises(ValueError, match="layer '0' runs 2 times"):
         exact(Cut(nn.Sequential(shared, shared), "0"), normal(1, 6), p=0.1)
+
+
+class Adds(nn.Module):
+    """Shifts its input, then adds to what its layer gave, in place or not."""
+
+    def __init__(self, *, inplace):
+        super().__init__()
+        self.inplace = inplace
+        with isolated(0, "net"):
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        if self.inplace:
+            x += 1.0
+            out = self.first(x)
+            out += x
+            out = out.relu_()
+        else:
+            x = x + 1.0
+            out = torch.relu(self.first(x) + x)
+        return self.last(out)
+
+
+ESTIMATES = {
+    "exact": lambda cut, x: exact(cut, x, p=0.2),
+    "single": lambda cut, x: single(cut, x, p=0.2),
+    "linear": lambda cut, x: linear(cut, x, p=0.2),
+    "sampled": lambda cut, x: sampled(cut, x, p=0.2, samples=50, generator=generator(0, "draws")),
+    "byzantine": lambda cut, x: byzantine(cut, x, delta=0.3),
+    "absolute": lambda cut, x: absolute(cut, x, p=0.2),
+    "norm": lambda cut, x: norm(cut, x, p=0.2, order="inf"),
+}
+
+
+@pytest.mark.parametrize("layer", ["input", "first"])
+@pytest.mark.parametrize("estimate", ESTIMATES)
+def test_what_works_in_place_counts_as_its_copy_that_does_not(estimate, layer):
+    x = normal(3, 4)
+    given, plain = x.clone(), ESTIMATES[estimate](Cut(Adds(inplace=False), layer), x)
+    found = ESTIMATES[estimate](Cut(Adds(inplace=True), layer), given)
+    assert torch.equal(given, x)
+    values = (
+        [(plain, found)] if torch.is_tensor(plain) else [(plain.mean, found.mean), (plain.variance, found.variance)]
+    )
+    for truth, value in values:
+        assert truth.abs().max() > 0
+        torch.testing.assert_close(value, truth)
+
+
+class Ignores(nn.Module):
+    """Reads what its activation function, in place or not, made of a value."""
+
+    def __init__(self, *, inplace):
+        super().__init__()
+        with isolated(0, "net"):
+            self.first, self.act, self.last = nn.Linear(4, 4), nn.ReLU(inplace=inplace), nn.Linear(4, 2)
+
+    def forward(self, x):
+        out = self.first(x)
+        given = self.act(out)
+        return self.last(out if self.act.inplace else given)
+
+
+@pytest.mark.parametrize("estimate", ["exact", "linear"])
+def test_crashes_of_a_layer_in_place_are_seen_where_its_return_value_is_not_read(estimate):
+    x = normal(3, 4)
+    truth, found = (ESTIMATES[estimate](Cut(Ignores(inplace=inplace), "act"), x) for inplace in (False, True))
+    assert truth.mean.abs().max() > 0
+    torch.testing.assert_close(found.mean, truth.mean)
+    torch.testing.assert_close(found.variance, truth.variance)
+
+
+@torch.no_grad()
+def test_a_cut_before_the_sum_of_a_residual_block_leaves_the_network_as_it_is():
+    with isolated(0, "net"):
+        net = baselines.create("resnet8", in_channels=1, width=0.25, image_size=8).eval()
+    x, cut = normal(2, 1, 8, 8), Cut(net, "stages.0.0.bn2", unit="channel")
+    torch.testing.assert_close(cut.rest(x)(cut.values(x)), net(x))
+    found, truth = exact(cut, x, p=0.2), exact_jointly([(cut, 0.2)], x)
+    assert truth.mean.abs().max() > 0
+    torch.testing.assert_close(found.mean, truth.mean)
+    torch.testing.assert_close(found.variance, truth.variance)
+
+
+def test_a_layer_that_gives_no_batch_is_refused():
+    net = nn.Sequential(nn.Linear(6, 6), nn.GRU(6, 6))
+    with pytest.raises(ValueError, match="layer '1' runs 1 times, or gives no batch"):
+        Cut(net, "1").values(normal(2, 6))

@@ -46,29 +46,39 @@ class Cut:
             ValueError: The layer runs not once, or gives no tensor with a batch dimension.
         """
         if self._module is None:
-            return inputs
-        seen: list[Tensor] = []
-        handle = self._module.register_forward_hook(lambda _module, _args, output: seen.append(output))
+            return inputs.clone()
+        seen: list[Tensor | None] = []
+
+        def keep(_module: nn.Module, _args: object, output: object) -> None:
+            seen.append(output.clone() if isinstance(output, Tensor) else None)  # before something changes it in place
+
+        handle = self._module.register_forward_hook(keep)
         try:
-            self.model(inputs)
+            self.model(inputs.clone())
         finally:
             handle.remove()
-        if len(seen) != 1 or not isinstance(seen[0], Tensor) or len(seen[0]) != len(inputs):
+        if len(seen) != 1 or seen[0] is None or seen[0].shape[:1] != inputs.shape[:1]:
             raise ValueError(f"layer {self.layer!r} runs {len(seen)} times, or gives no batch; cut at another layer")
-        return seen[0].clone()
+        return seen[0]
 
     def rest(self, inputs: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the function from the layer's values [K, ...] to outputs [K, M], on these inputs [B, ...].
 
-        What bypasses the layer (a skip) is that of the inputs, repeated for K = k B values in blocks of B.
+        What bypasses the layer (a skip) is that of the inputs, repeated for K = k B values in blocks of B. The model
+        gets a copy of the values, through which gradients pass, so that operations in place leave the caller's alone.
         """
 
         def run(values: Tensor) -> Tensor:
             if self._module is None:
-                outputs: Tensor = self.model(values)
+                outputs: Tensor = self.model(values.clone())
                 return outputs
             repeated = inputs.repeat(len(values) // len(inputs), *[1] * (inputs.dim() - 1))
-            handle = self._module.register_forward_hook(lambda *_: values)
+
+            def give(module: nn.Module, _args: object, output: Tensor) -> Tensor:
+                in_place = getattr(module, "inplace", False)  # then what it read is the same memory, read by others too
+                return output.copy_(values) if in_place else values.clone()
+
+            handle = self._module.register_forward_hook(give)
             try:
                 outputs = self.model(repeated)
             finally:

@@ -10,7 +10,7 @@ from torch import nn
 from ftnas import rng
 from ftnas.cli import cli
 from ftnas.controllers import EvolutionConfig, RandomConfig, ReinforceConfig, create_controller
-from ftnas.nodes import Node, Partition, Skip, SplitNetwork
+from ftnas.nodes import Failout, Node, Partition, Skip, SplitNetwork, searching
 from ftnas.nodes.bandwidth import SkipSubsets, expected_bytes, link_bytes
 from ftnas.nodes.searching import SharedFit, run_search
 from ftnas.nodes.study import Variant, open_study, read_nodes_config
@@ -134,12 +134,34 @@ def test_an_interrupted_search_goes_on_to_the_same_result(tmp_path, monkeypatch)
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+def test_rates_of_single_nodes_count_while_a_skip_that_is_kept_bypasses_the_node(tmp_path):
+    failout = Failout(rate=0.1, rates={"a": 1.0, "b": 1.0})
+    partition, generator = chain("dfg").partition, rng.generator(0, "failout")
+    for skip, node in zip(partition.skips, "ab", strict=True):  # input -> b bypasses a, a -> c bypasses b
+        fewer = partition.with_skips([skip])
+        assert failout.within(fewer) == Failout(rate=0.1, rates={node: 1.0})
+        assert failout.within(fewer).sample(fewer, generator=generator) == {node}
+    search = SEARCH["search"] | {"failout": {"rate": 0.1, "rates": {"a": 0.3, "b": 0.3}}, "trials": 3}
+    path = write(tmp_path / "c.yaml", **SEARCH | {"search": search}, seeds=1)  # both skips together are too dear
+    result = CliRunner().invoke(cli, ["nodes", "search", path, "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.stderr
+    assert "trained by itself from 1 seeds" in result.output
+
+
+def test_no_skips_at_all_may_win(tmp_path, monkeypatch):
+    config, run = open_study(write(tmp_path / "c.yaml", **SEARCH, seeds=1, epochs=1), tmp_path / "run")
+    monkeypatch.setattr(searching, "choose", lambda search, space, scorer, *, seed: [scorer(())])
+    with run:
+        assert "trained by itself from 1 seeds" in run_search(config, run)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"setting": "norml"}, "did you mean 'normal'"),
         ({"mode": "vanilla", "failout": None}, "has no skips to search"),
         ({"failout": None}, "needs failout"),
+        ({"failout": {"rates": {"c": 0.3}}}, "failout.rates.c = 0.3 has no effect, no skip bypasses that node; set 0"),
         ({"controller": {"name": "reinforce"}}, "decides on cells only"),
         ({"budget": 0}, "greater than 0"),
     ],

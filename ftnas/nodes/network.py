@@ -39,6 +39,11 @@ class Failout(Settings):
                 raise ValueError(f"failout.rates.{name} = {rate} has no effect, no skip bypasses that node; set 0")
         return {name: self.rates.get(name, self.rate) for name in partition.parents if name in bypassed}
 
+    def within(self, partition: Partition) -> Failout:
+        """Return the same for a map with fewer skips, without the rates of nodes that none of these bypasses."""
+        bypassed = partition.bypassed()
+        return self.model_copy(update={"rates": {name: r for name, r in self.rates.items() if name in bypassed}})
+
     def sample(self, partition: Partition, *, generator: torch.Generator) -> frozenset[str]:
         """Draw the nodes that are down for one batch: each on its own, with its rate."""
         rates = self.rates_of(partition)

@@ -39,7 +39,8 @@ class SharedFit(Fit):
         self.network.use(self.network.mode, skips=present)
         if self.failout is None:
             return frozenset()
-        return self.failout.sample(self.network.partition.with_skips(present), generator=self.masks)
+        partition = self.network.partition.with_skips(present)
+        return self.failout.within(partition).sample(partition, generator=self.masks)
 
     def choose(self, validation: Samples) -> None:
         """Judge the epoch with all skips."""
@@ -179,19 +180,19 @@ def _final(config: NodesConfig, stage: Folder, winner: Trial, *, every_s: float)
     """Train the winner by itself from every seed, measure it on the test set, and say so."""
     search = config.search
     assert search is not None
-    variant = Variant(mode=search.mode, failout=search.failout, skips=winner.subset)
-    if not winner.subset:
-        variant = Variant(mode="vanilla")
+    variant = Variant(mode="vanilla")
+    if winner.subset:
+        failout = search.failout and search.failout.within(config.partition.with_skips(winner.subset))
+        variant = Variant(mode=search.mode, failout=failout, skips=winner.subset)
     images, validation = split(config)
     test = test_set(config)
-    failout = variant.failout
     rates = config.rates[search.setting]
     values = []
     with track("epochs of the winner", config.epochs * config.seeds) as bar:
         for seed in config.all_seeds:
             network = build(config, variant, images, seed=seed)
             if not stage.file(model_file(WINNER, seed)).exists():
-                fit = Fit(network, config, images, validation=validation, failout=failout, seed=seed)
+                fit = Fit(network, config, images, validation=validation, failout=variant.failout, seed=seed)
                 fit_into(fit, stage, WINNER, bar=bar, every_s=every_s)
             network.load_state_dict(trained_state(stage, WINNER, seed))
             results = evaluate(network, test.batches(CHUNK), num_classes=test.num_classes)

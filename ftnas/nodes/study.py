@@ -202,6 +202,8 @@ class NodesConfig(Settings):
                 raise ValueError(f"search.setting: no failure setting {self.search.setting!r}; {known}")
             if self.selection is None or not self.partition.skips:
                 raise ValueError("search needs skips to choose from, and selection: validation samples to score on")
+            if self.search.failout is not None:
+                self.search.failout.rates_of(self.partition)
         for name, variant in self.variants.items():
             self._check_variant(name, variant)
         for where in ("kill", "hang"):

@@ -32,7 +32,9 @@ def per_seed(run: Comparison, fault: str, model: str, rate: float) -> np.ndarray
 
 
 def threshold(rates: Sequence[float], accuracies: Sequence[float], *, floor: float) -> float:
-    """Return the rate at which accuracy falls to ``floor``, linear in log(rate); NaN where it never does.
+    """Return the rate at which accuracy falls to ``floor``, linear in log(rate).
+
+    0 where it is lower at the first rate already, so that nothing measured tells where it fell; NaN where it never is.
 
     Args:
         rates: Ascending, above 0.
@@ -43,11 +45,18 @@ def threshold(rates: Sequence[float], accuracies: Sequence[float], *, floor: flo
         if accuracy >= floor:
             continue
         if index == 0:
-            return rate  # at most
+            return 0.0
         before, above = rates[index - 1], accuracies[index - 1]
         share = (above - floor) / (above - accuracy)
         return math.exp(math.log(before) + share * (math.log(rate) - math.log(before)))
     return math.nan
+
+
+def found_at(edges: Sequence[float], rates: Sequence[float]) -> str:
+    """Return thresholds in words, the lowest first."""
+    reached = sorted(edge for edge in edges if not math.isnan(edge))
+    words = [f"{edge:.0e}" if edge else f"at most {rates[0]:g}" for edge in reached]
+    return ", ".join(words + [f"above {rates[-1]:g}"] * (len(edges) - len(reached)))
 
 
 def difference(run: Comparison, fault: str, model: str, reference: str, rate: float) -> str:
@@ -83,9 +92,7 @@ def tables(run: Comparison, *, lost: float) -> str:
                 threshold(rates, [values[seed] for values in found], floor=clean[seed] - lost)
                 for seed in range(len(clean))
             ]
-            reached = [f"{edge:.0e}" for edge in sorted(edges) if not math.isnan(edge)]
-            above = [f"above {rates[-1]:g}"] * (len(edges) - len(reached))
-            lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(reached + above)} |")
+            lines.append(f"| {name} | {' | '.join(cells)} | {found_at(edges, rates)} |")
         lines += ["", f"| minus {names[0]} | fault-free | {head} |", "|---|" + "---:|" * (len(rates) + 1)]
         for name in names[1:]:
             shown = [difference(run, fault, name, names[0], rate) for rate in (0.0, *rates)]

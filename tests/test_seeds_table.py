@@ -20,8 +20,13 @@ def test_the_threshold_lies_on_the_line_between_two_rates():
     rates = [1e-6, 1e-5, 1e-4]
     assert script.threshold(rates, [0.5, 0.5, 0.3], floor=0.4) == pytest.approx(10**-4.5)
     assert script.threshold(rates, [0.5, 0.1, 0.3], floor=0.4) == pytest.approx(10 ** (-6 + 0.25))
-    assert script.threshold(rates, [0.3, 0.1, 0.3], floor=0.4) == 1e-6
+    assert script.threshold(rates, [0.4, 0.1, 0.3], floor=0.4) == pytest.approx(1e-6)
+    assert script.threshold(rates, [0.3, 0.1, 0.3], floor=0.4) == 0.0  # below it at the first rate: at most that
     assert math.isnan(script.threshold(rates, [0.5, 0.5, 0.4], floor=0.4))
+
+
+def test_thresholds_outside_the_measured_rates_say_on_which_side():
+    assert script.found_at([math.nan, 2e-4, 0.0, 1e-6], [1e-6, 1e-3]) == "at most 1e-06, 1e-06, 2e-04, above 0.001"
 
 
 def test_models_that_stopped_early_are_compared_on_all_their_devices(tmp_path):
@@ -49,6 +54,6 @@ def test_tables_hold_means_losses_and_differences(tmp_path):
             )  # fmt: skip
     found = script.tables(read_comparison(tmp_path / "records.jsonl"), lost=0.1)
     # two seeds: half = t_1 s / sqrt(2) = 12.706 * 0.1414 / 1.4142 = 127.1 points, and half of that
-    assert "| a | 50.0 ± 127.1 | 20.0 ± 0.0 | 1e-01, 1e-01 |" in found
+    assert "| a | 50.0 ± 127.1 | 20.0 ± 0.0 | at most 0.1, at most 0.1 |" in found
     assert "| b | 50.0 ± 0.0 | 50.0 ± 63.5 | above 0.1, above 0.1 |" in found
     assert "| b | +0.0 ± " in found and "| +30.0 ± " in found

@@ -87,7 +87,7 @@ class SkipSearch(Settings):
 
     Attributes:
         mode: How the kept ones are run.
-        failout: Of the training; needed as for a variant.
+        failout: Of the training; needed as for a variant. Rates of single nodes hold while a skip bypasses the node.
         setting: Failure setting whose exact average accuracy, on the samples of ``selection``, is the score.
         budget: The most that the kept skips may take together, in bytes per image.
         counted: ``reserved`` counts what a skip carries while it is active, whether it is or not; ``expected`` what it

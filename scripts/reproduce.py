@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ftnas.heap import keep_memory
 from ftnas.reproduction import ranges
+from ftnas.reproduction.digests import check_agreement
 from ftnas.reproduction.jobs import missing, trained
 from ftnas.reproduction.result import collect, write
 from ftnas.reproduction.runner import run
@@ -62,7 +63,9 @@ def reproduce(options: argparse.Namespace) -> None:
         print(listing(planned))
         return
     failure = None
-    if not options.report:
+    if options.report:
+        check_agreement(planned)
+    else:
         try:
             run(planned)
         except RuntimeError as error:  # the rest is done, and is shown

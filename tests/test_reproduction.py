@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from scipy import stats
 from test_report import make_records, write
 
@@ -330,6 +332,66 @@ def test_what_decides_the_result_decides_the_hash(tmp_path):
     assert len({key(change) for change in [*other, "train.models.a.width=0.5"]} | {key()}) == len(other) + 2
     clean = ["train.recipe.alpha_l=0"]
     assert key(*clean) == key(*clean, "hardware.fault=null") != key()
+
+
+def image_folders(root, base, *, classes=2, images=20):
+    """Write random images of two classes, grey values from ``base`` on."""
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in range(classes):
+            folder = root / split / f"c{label}"
+            folder.mkdir(parents=True)
+            for number in range(images):
+                pixels = random.integers(base, base + 50, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+def test_runs_of_other_images_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ftnas.reproduction.study.read_scale", lambda _: TINY.model_copy(update={"images": 8}))
+    folders = {name: image_folders(tmp_path / name, base) for name, base in (("dark", 0), ("light", 200))}
+    shutil.copytree(folders["dark"], tmp_path / "moved")
+    shutil.copytree(folders["dark"], tmp_path / "new tests")
+    shutil.rmtree(tmp_path / "new tests" / "test")
+    shutil.copytree(folders["light"] / "test", tmp_path / "new tests" / "test")
+    study, cache = tiny_study(tmp_path), tmp_path / "cache"
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study.model_dump(mode="json")))
+
+    def reproduce(root, *arguments, seeds=(0,)):
+        data = f"data={{name: image_folder, root: '{tmp_path / root}'}}"
+        common = ("--cache", cache, "--scale", "full", "--seeds", *seeds)
+        code, out, err = script(capsys, tmp_path / "study.yaml", data, *common, *arguments)
+        return code, err.splitlines()[-1] if code else out
+
+    code, table = reproduce("dark")
+    assert code == 0 and "| a | ours |" in table, table
+    assert reproduce("moved") == (0, table)
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file() and "study" not in str(path)}
+    for root, kind, name in (("light", "training", "train-"), ("new tests", "test", "measure-")):
+        for seeds in ((0,), (1, 0)):  # before a new seed is trained
+            code, error = reproduce(root, seeds=seeds)
+            assert code == 2 and error.startswith(f"error: {cache / name}")
+            assert f"(a, seed 0) was made with other {kind} images" in error and error.endswith("give another --cache")
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+    # what only reads the cache needs no images; a table of two data sets is refused all the same
+    assert reproduce("nowhere", "--dry-run")[0] == 0
+    assert reproduce("nowhere", "--report") == (0, table)
+    assert reproduce("light", seeds=(1,))[0] == 0
+    code, error = reproduce("nowhere", "--report", seeds=(0, 1))
+    assert code == 2 and error.startswith("error: ") and "(a, seed 1)" in error and "different training images" in error
+
+
+def test_a_measurement_that_noted_no_digest_is_taken(tmp_path):
+    study, cache = tiny_study(tmp_path), tmp_path / "cache"
+    planned = plan(study, scale="full", settings=TINY.model_copy(update={"seeds": (0,)}), cache=cache)[:1]
+    run(planned)
+    info = planned[0].jobs[0].measure_folder(planned[0].measurements[0]) / "run.json"
+    facts = json.loads(info.read_text())
+    assert len(facts.pop(jobs.TEST_DIGEST)) == 64
+    info.write_text(json.dumps(facts))
+    run(planned)
+    assert json.loads(info.read_text()) == facts
 
 
 def test_another_process_at_a_run_is_waited_for(tmp_path, monkeypatch):

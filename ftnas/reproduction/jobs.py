@@ -27,6 +27,7 @@ from ftnas.rundir import RunDir
 from ftnas.trainings import MODEL
 
 DONE = "done.json"
+TEST_DIGEST = "test_digest"
 # What changes where or how fast a run goes, what it is called, or what follows it: not its result.
 _ELSEWHERE = ("name", "description", "pool", "campaign", "single_faults", "protections", "models")
 
@@ -203,7 +204,7 @@ def measure(job: Job, measurement: Measurement) -> None:
         "batch_size": measurement.batch_size,
     }
     network, metadata = load_model(_model_file(job), allow_factory=True)
-    images = _test_images(config.data, measurement.images).to(device)
+    images = test_images(config.data, measurement.images).to(device)
     subject = Subject(
         name=job.key,
         train_seed=job.seed,
@@ -215,6 +216,7 @@ def measure(job: Job, measurement: Measurement) -> None:
         sweeps=(measurement.sweep,), devices=measurement.devices, batch_size=measurement.batch_size
     )
     with _opened(job.measure_folder(measurement), plain) as run, _timed(run):
+        run.describe(**{TEST_DIGEST: images.digest})
         run_campaign(
             [subject],
             images,
@@ -235,7 +237,7 @@ def _model_file(job: Job) -> Path:
 
 
 @lru_cache(maxsize=1)
-def _test_images(data: DataConfig, number: int | None) -> ImageSet:
+def test_images(data: DataConfig, number: int | None) -> ImageSet:
     """Return that many test images, stratified, always the same ones; read once for all networks of a study."""
     images = load(data, "test")
     if number is None or number >= images.num_images:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from ftnas.progress import say
+from ftnas.reproduction.digests import check_images
 from ftnas.reproduction.jobs import measure, missing, train, trained
 from ftnas.reproduction.study import Planned
 from ftnas.rundir import InUseError
@@ -19,12 +20,14 @@ def run(planned: Sequence[Planned]) -> None:
     What another process is at is left to it, and looked at again when the rest is done.
 
     Raises:
-        ValueError: A user's mistake, at once.
+        ValueError: A user's mistake, at once; runs in the cache were made with other images.
         RuntimeError: Trainings failed; all the rest is done.
     """
     failures: list[str] = []
     num_seeds = max(len(entry.jobs) for entry in planned)
     todo = [(entry, index) for index in range(num_seeds) for entry in planned if index < len(entry.jobs)]
+    for unit in todo:
+        check_images(*unit)
     todo = [unit for unit in todo if not finished(*unit)]
     while todo:
         busy = []
@@ -50,6 +53,7 @@ def finished(entry: Planned, index: int) -> bool:
 
 
 def _one(entry: Planned, index: int) -> None:
+    check_images(entry, index)  # another process may have made it since
     job = entry.jobs[index]
     if not trained(job):
         say(f"{entry.row.name}, seed {job.seed}: training in {job.folder}")

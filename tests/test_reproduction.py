@@ -5,6 +5,7 @@ import runpy
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from ftnas.reproduction.result import write as write_result
 from ftnas.reproduction.runner import run
 from ftnas.reproduction.study import Scale, Study, plan, read_published, read_scale, read_study, study_names
 from ftnas.settings import parse
+from ftnas.shipped import find_file
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "reproduce.py"
 FAULT = {"name": "mibb", "mac_error_rate": 1e-3}
@@ -313,12 +315,12 @@ def test_a_table_says_which_training_rate_the_protocol_kept(tmp_path):
     assert "- a: the rate protocol kept mibb 0.001 (seed 0)." in text  # none passes, and the smallest is kept
 
 
-def test_what_decides_the_result_decides_the_hash(tmp_path):
-    def key(*overrides):
-        return (
-            plan(tiny_study(tmp_path), scale="full", settings=TINY, cache=tmp_path, overrides=overrides)[0].jobs[0].key
-        )
+def one_key(tmp_path, *overrides):
+    return plan(tiny_study(tmp_path), scale="full", settings=TINY, cache=tmp_path, overrides=overrides)[0].jobs[0].key
 
+
+def test_what_decides_the_result_decides_the_hash(tmp_path):
+    key = partial(one_key, tmp_path)
     same = [
         "name=other",
         "train.recipe.compute.fused_rounding=true",
@@ -332,6 +334,48 @@ def test_what_decides_the_result_decides_the_hash(tmp_path):
     assert len({key(change) for change in [*other, "train.models.a.width=0.5"]} | {key()}) == len(other) + 2
     clean = ["train.recipe.alpha_l=0"]
     assert key(*clean) == key(*clean, "hardware.fault=null") != key()
+
+
+def test_weights_to_start_from_decide_the_hash_by_their_content(tmp_path):
+    first, same, other = (tmp_path / f"{name}.pt" for name in ("first", "same", "other"))
+    for path, content in ((first, b"one"), (same, b"one"), (other, b"two")):
+        path.write_bytes(content)
+    keys = [one_key(tmp_path, f"train.models.a.start={path}") for path in (first, same, other)]
+    assert keys[0] == keys[1] and len({*keys, one_key(tmp_path)}) == 3
+    with pytest.raises(ValueError, match=r"train\.models\.a\.start: not readable, got '.*gone\.pt'"):
+        one_key(tmp_path, f"train.models.a.start={tmp_path / 'gone.pt'}")
+
+
+def test_a_space_given_as_a_file_decides_the_hash_by_what_it_says(tmp_path):
+    text = find_file("small-8x8", "search_spaces", ".yaml", kind="space").read_text()
+    files = {"same": "# again\n" + text, "other": text.replace("  - skip\n", "")}
+    for name, content in files.items():
+        (tmp_path / f"{name}.yaml").write_text(content)
+    (tmp_path / "space.yaml").write_text(text)
+
+    def keys(space, *more):
+        search = f"search={{space: '{space}', epochs: 1, weights: {{batch_size: 32, lr: 0.05}}}}"
+        overrides = [search, "train.models.a={genotype: search}", *more]
+        settings = {"settings": TINY, "cache": tmp_path, "overrides": overrides}
+        study = tiny_study(tmp_path)
+        job = plan(study.model_copy(update={"rows": study.rows[:1]}), scale="full", **settings)[0].jobs[0]
+        return job.search_key, job.key
+
+    space = tmp_path / "space.yaml"
+    first, shipped = keys(space), keys("small-8x8")
+    assert keys(tmp_path / "same.yaml") == first
+    space.write_text(files["other"])
+    assert all(len({*several}) == 3 for several in zip(first, keys(space), shipped, strict=True))
+    retrained = [f"train.models.a.space={tmp_path / name}.yaml" for name in files]
+    assert len({keys("small-8x8", change)[1] for change in retrained} | {shipped[1]}) == 3
+
+
+def test_a_device_that_is_trained_for_decides_the_hash_by_its_content(tmp_path):
+    keys = []
+    for content in (b"one", b"two"):
+        (tmp_path / "device.npz").write_bytes(content)
+        keys.append(one_key(tmp_path, f"hardware={{defects: '{tmp_path / 'device.npz'}'}}"))
+    assert keys[0] != keys[1]
 
 
 def image_folders(root, base, *, classes=2, images=20):

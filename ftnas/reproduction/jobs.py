@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ftnas.models import count, describe, load_model
 from ftnas.pipeline import Pipeline, pick_device
 from ftnas.rng import seed_for
 from ftnas.rundir import RunDir
+from ftnas.space import load_space, space_names
 from ftnas.trainings import MODEL
 
 DONE = "done.json"
@@ -68,12 +69,12 @@ class Job:
         """Whether the architecture comes from a search of the config."""
         return self._model.genotype == "search"
 
-    @property
+    @cached_property
     def search_key(self) -> str:
         """Hash of what decides the search."""
         return _hash({key: value for key, value in self._plain().items() if key != "train"})
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Hash of what decides the trained weights."""
         plain = self._plain()
@@ -83,9 +84,14 @@ class Job:
         if recipe.alpha_l == 0.0:  # nothing is faulted while it trains
             plain["hardware"] = self.config.hardware.without_faults().model_dump(mode="json")
         if self.searches:
-            network: Any = {"search": self.search_key, **self._model.model_dump(mode="json", exclude_none=True)}
+            own = self._model.model_dump(mode="json", exclude_none=True, exclude={"start"})
+            network: Any = {"search": self.search_key, **own}
+            if self._model.space is not None:
+                network["space"] = _space(self._model.space)
         else:
             network = describe(self._model, num_classes=0, in_channels=0, image_size=0)
+        if self._model.start is not None:
+            network["start"] = _sha256(self._model.start, f"train.models.{self.model}.start")
         kept = {key: value for key, value in plain.items() if key not in ("search", "control", "train")}
         return _hash({**kept, "recipe": train["recipe"], "seeds": train["seeds"], "network": network})
 
@@ -124,6 +130,10 @@ class Job:
         for recipe in recipes:
             for same_results in ("fused_rounding", "cuda_graph"):
                 del recipe["compute"][same_results]
+        for search in (plain[name] for name in SEARCHES if plain[name]):
+            search["space"] = _space(search["space"])
+        if self.config.hardware.defects is not None:
+            plain["hardware"]["defects"] = _sha256(self.config.hardware.defects, "hardware.defects")
         return {key: value for key, value in plain.items() if key not in _ELSEWHERE}
 
     def measure_key(self, measurement: Measurement) -> str:
@@ -142,6 +152,18 @@ class Job:
 
 def _hash(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _space(name_or_path: str) -> Any:
+    """Return what stands for a space in a hash: the name of a shipped one, or what a file says."""
+    return name_or_path if name_or_path in space_names() else load_space(name_or_path).model_dump(mode="json")
+
+
+def _sha256(path: str, setting: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"{setting}: not readable, got {path!r}: {error.strerror}") from None
 
 
 def trained(job: Job) -> bool:

@@ -148,8 +148,18 @@ class Comparison:
     interval: IntervalKind = "student"
     _points: dict[tuple[str, str, float], dict[tuple[int, int | None], Record]] = field(repr=False)
 
+    def seeds(self, fault: str, model: str, rates: Sequence[float]) -> set[int]:
+        """Return the training seeds that were measured at each of the rates."""
+        return set.intersection(*({seed for seed, _ in self._points.get((fault, model, rate), {})} for rate in rates))
+
     def values(
-        self, fault: str, model: str, rates: Sequence[float], *, devices: set[int | None] | None = None
+        self,
+        fault: str,
+        model: str,
+        rates: Sequence[float],
+        *,
+        devices: set[int | None] | None = None,
+        seeds: set[int] | None = None,
     ) -> tuple[np.ndarray, list[int | None]] | None:
         """Return accuracies averaged over ``rates``, and the devices that every training seed has at each of them.
 
@@ -158,19 +168,21 @@ class Comparison:
             model: Name of a row.
             rates: One, or several with the same devices.
             devices: Keep these only.
+            seeds: Keep these training seeds only.
 
         Returns:
-            float64 [seed, device, image], without the last axis where the images were not kept; None where
-            nothing was measured.
+            float64 [seed, device, image] in the order of the seeds, without the last axis where the images were not
+            kept; None where nothing was measured.
         """
         points = [self._points.get((fault, model, rate), {}) for rate in rates]
-        seeds = sorted({seed for point in points for seed, _ in point})
-        sets = [{device for s, device in point if s == seed} for point in points for seed in seeds]
+        found = {seed for point in points for seed, _ in point}
+        chosen_seeds = sorted(found if seeds is None else found & seeds)
+        sets = [{device for s, device in point if s == seed} for point in points for seed in chosen_seeds]
         common = set.intersection(*sets) if sets else set()
         order = sorted(common if devices is None else common & devices, key=lambda device: device or 0)
         if not order:
             return None
-        chosen = [[[point[seed, device] for device in order] for seed in seeds] for point in points]
+        chosen = [[[point[seed, device] for device in order] for seed in chosen_seeds] for point in points]
         kept = all(record.correct is not None for point in chosen for row in point for record in row)
         sizes = {record.num_images for point in chosen for row in point for record in row}
         if kept and len(sizes) == 1:

@@ -20,10 +20,10 @@ from ftnas import FixedPoint, inject
 from ftnas.records import read_comparison
 from ftnas.reproduction import jobs, ranges, runner, stacks
 from ftnas.reproduction.orderings import check
-from ftnas.reproduction.result import collect, to_markdown
+from ftnas.reproduction.result import Outcome, collect, to_markdown
 from ftnas.reproduction.result import write as write_result
 from ftnas.reproduction.runner import run
-from ftnas.reproduction.study import Scale, Study, plan, read_published, read_scale, read_study, study_names
+from ftnas.reproduction.study import Ordering, Scale, Study, plan, read_published, read_scale, read_study, study_names
 from ftnas.settings import parse
 from ftnas.shipped import find_file
 
@@ -115,6 +115,18 @@ def test_one_training_of_each_decides_no_claim_of_sameness(tmp_path):
     assert verdicts(study, comparison) == ["holds", "undecided"]
 
 
+def test_one_training_beside_several_decides_nothing(tmp_path):
+    # b's only training is below each of a's
+    accuracies = {"a": {1e-4: made(0.6)}, "b": {1e-4: made(0.4, seeds=1)}}
+    comparison = write_lines(tmp_path / "records.jsonl", accuracies)
+    claims = [claim("a", "b"), claim("b", "a"), claim("a", "b", measure="same")]
+    results = check(study_of("ab", claims, rates=(1e-4,)), comparison, scale="full", published={})
+    assert [result.verdict for result in results] == ["undecided"] * 3
+    pair = results[0].pairs[0]
+    assert pair.interval.low > 0 and np.isnan(pair.shown.low)
+    assert comparison.difference("mibb", "a", "b", 1e-4).verdict == 0
+
+
 def test_loss_compares_what_faults_take_away(tmp_path):
     # b is less accurate at every rate and loses less
     accuracies = {
@@ -126,6 +138,20 @@ def test_loss_compares_what_faults_take_away(tmp_path):
     results = check(study, comparison, scale="full", published={})
     assert [result.verdict for result in results] == ["holds", "holds"]
     assert results[1].pairs[0].interval.mean == pytest.approx(0.25)
+
+
+def test_a_loss_is_that_of_the_same_trainings(tmp_path):
+    # seed 2 of a and seed 1 of b are measured without faults alone, so far
+    accuracies = {
+        "a": {0.0: [[0.9], [0.8], [0.1]], 1e-4: made(0.6, seeds=2, spread=0.1)},
+        "b": {0.0: [[0.9], [0.1]], 1e-4: made(0.5, seeds=1)},
+    }
+    comparison = write_lines(tmp_path / "records.jsonl", accuracies)
+    study = study_of("ab", [claim("a", "b", measure="loss")], rates=(1e-4,))
+    pair = check(study, comparison, scale="full", published={})[0].pairs[0]
+    assert pair.interval.mean == pytest.approx((0.6 - 0.85) - (0.5 - 0.9))
+    clean = {"a": {0.0: [[0.9]]}, "b": {0.0: [[0.9]], 1e-4: made(0.5, seeds=1)}}
+    assert verdicts(study, write_lines(tmp_path / "clean.jsonl", clean)) == ["not run"]
 
 
 def test_rows_that_are_not_measured_to_the_end_are_compared_on_the_devices_of_both(tmp_path):
@@ -303,6 +329,33 @@ def test_a_tiny_table_from_end_to_end_and_nothing_is_done_twice(tmp_path):
     assert models and all(path.stat().st_mtime_ns == before[path] for path in models)
     assert [jobs.missing(e.jobs[0], e.measurements[0]) for e in more] == [0, 0]
     assert len(list(cache.iterdir())) == 8
+
+
+@pytest.mark.parametrize("seeds", [{"a": 3, "b": 3}, {"a": 3, "b": 1}, {"a": 1, "b": 1}])
+def test_a_table_says_what_its_intervals_are_over(tmp_path, seeds):
+    study = tiny_study(tmp_path).model_copy(update={"orderings": (Ordering(**claim("a", "b", measure="same")),)})
+    comparison = write_lines(
+        tmp_path / "records.jsonl", {name: {1e-3: made(0.5, seeds=number)} for name, number in seeds.items()}
+    )
+    outcome = Outcome(
+        study=study,
+        scale="full",
+        settings=TINY,
+        planned=plan(study, scale="full", settings=TINY, cache=tmp_path / "cache"),
+        comparison=comparison,
+        results=check(study, comparison, scale="full", published={}),
+        published={},
+    )
+    text = to_markdown(outcome)
+    over_devices = "over devices, which tells nothing of new trainings"
+    expected = {
+        (3, 3): "Intervals: Student's t over training seeds. A claim",
+        (3, 1): f"Intervals: Student's t over training seeds (rows of one seed, b: {over_devices}). A claim",
+        (1, 1): f"Intervals: Student's t {over_devices}. A claim",
+    }
+    assert expected[seeds["a"], seeds["b"]] in text
+    assert ("with one of several is undecided" in text) == (seeds["a"] != seeds["b"])
+    assert ("one training of a net" in text) == (seeds["b"] == 1)
 
 
 def test_a_table_says_which_training_rate_the_protocol_kept(tmp_path):

@@ -25,7 +25,8 @@ class Pair:
         verdict: ``holds`` and ``reversed`` where every interval excludes zero; for a claim of no difference ``holds``
             never occurs: no difference that is seen is ``undecided``.
         interval: Paired over devices with one training seed a side, else the hierarchical bootstrap; None: not run.
-        over_seeds: With several training seeds: Welch's t over their means.
+        over_seeds: With several training seeds on either side: Welch's t over their means, whose bounds are NaN where
+            the other has one, so that nothing is decided.
         published: The same difference in the published figures, where there are any.
     """
 
@@ -90,16 +91,19 @@ def _scores(
 
     Each is float64 [seed, device] or [seed, device, image].
     """
-    found = [comparison.values(sweep.label, name, rates) for name in names]
+    loss = ordering.measure == "loss"
+    # what a training loses is told by its own accuracy without faults
+    seeds = {name: comparison.seeds(sweep.label, name, [*rates, 0.0]) if loss else None for name in names}
+    found = [comparison.values(sweep.label, name, rates, seeds=seeds[name]) for name in names]
     common = set.intersection(*(set(values[1]) if values is not None else set() for values in found))
     sides = []
     for name in names:
-        values = comparison.values(sweep.label, name, rates, devices=common) if common else None
-        clean = comparison.values(sweep.label, name, [0.0])
+        values = comparison.values(sweep.label, name, rates, devices=common, seeds=seeds[name]) if common else None
+        clean = comparison.values(sweep.label, name, [0.0], seeds=seeds[name])
         if values is None or clean is None:
             return None, None
         # one device without faults, and many with
-        sides.append(values[0] - clean[0] if ordering.measure == "loss" else values[0])
+        sides.append(values[0] - clean[0] if loss else values[0])
     return sides[0], sides[1]
 
 
@@ -136,7 +140,7 @@ def _pair(
         interval = paired_difference(*means)
     else:
         interval = hierarchical_paired_difference(first, second)
-        over_seeds = seed_difference(first, second) if min(len(first), len(second)) > 1 else None
+        over_seeds = seed_difference(first, second)
     intervals = [interval] if over_seeds is None else [interval, over_seeds]
     above, below = all(found.low > 0 for found in intervals), all(found.high < 0 for found in intervals)
     verdict: Verdict = "holds" if above else "reversed" if below else "undecided"

@@ -11,7 +11,7 @@ from typing import Any
 from ftnas.records import Comparison, is_known, nothing_compared, read_comparison
 from ftnas.reproduction import figures
 from ftnas.reproduction.jobs import cost, machine, records, trained, trained_for
-from ftnas.reproduction.orderings import Result, check
+from ftnas.reproduction.orderings import Pair, Result, check
 from ftnas.reproduction.study import Planned, PublishedTable, Scale, Study, StudySweep, rates_at
 from ftnas.stats import Interval
 from ftnas.storage import atomic_write
@@ -71,6 +71,15 @@ class Outcome:
             measured = [(own, self.interval(entry.row.name, sweep, rate)) for rate, own in rates]
             found[entry.row.name] = [(own, interval) for own, interval in measured if interval is not None]
         return found
+
+    def has_one_seed(self, name: str) -> bool:
+        """Tell whether some of a row's accuracies come from one training seed."""
+        measured = [
+            self.comparison.seeds(sweep.label, name, rates_at(sweep, self.scale, [rate]))
+            for sweep in self.study.sweeps
+            for rate in (0.0, *sweep.rates)
+        ]
+        return any(len(seeds) == 1 for seeds in measured)
 
     @property
     def cost(self) -> tuple[float, list[str]]:
@@ -218,9 +227,14 @@ def _verdict(result: Result) -> str:
     if result.ordering.measure != "same":
         return _VERDICTS[result.verdict]
     differs, unseen = "**does not hold: they differ**", "no difference is seen, which proves none"
-    if result.verdict == "undecided" and any(pair.over_seeds is None for pair in result.pairs):
-        return "undecided: one training of each, and trainings differ by chance"
+    if result.verdict == "undecided" and not all(_is_over_seeds(pair) for pair in result.pairs):
+        return "undecided: one training of a net, and trainings differ by chance"
     return {"reversed": differs, "undecided": unseen}.get(result.verdict, _VERDICTS[result.verdict])
+
+
+def _is_over_seeds(pair: Pair) -> bool:
+    """Tell whether both sides were trained from several seeds."""
+    return pair.over_seeds is not None and is_known(pair.over_seeds.low)
 
 
 def _signed(interval: Interval) -> str:
@@ -233,18 +247,24 @@ def _how(outcome: Outcome) -> list[str]:
     settings = outcome.settings
     seconds, machines = outcome.cost
     seeds = sorted({seed for model in outcome.comparison.models for seed in model.seeds})
-    several = len(seeds) > 1
-    how = (
-        "Student's t over training seeds"
-        if several
-        else "Student's t over devices, which tells nothing of new trainings"
-    )
-    claim = (
-        "A claim holds where both Welch's t over training seeds and the hierarchical bootstrap over seeds, devices and "
-        "images exclude zero, in every comparison that it is made of."
-        if several
-        else "A claim holds where the interval, paired over devices, excludes zero in every comparison of it."
-    )
+    alone = [entry.row.name for entry in outcome.planned if outcome.has_one_seed(entry.row.name)]
+    over_devices = "over devices, which tells nothing of new trainings"
+    if len(seeds) > 1:
+        how = "Student's t over training seeds" + (
+            f" (rows of one seed, {'; '.join(alone)}: {over_devices})" if alone else ""
+        )
+        claim = (
+            "A claim holds where both Welch's t over training seeds and the hierarchical bootstrap over seeds, devices "
+            "and images exclude zero, in every comparison that it is made of."
+        )
+        if alone:
+            claim += (
+                " Two nets of one seed each are compared over devices alone, and one of one seed with one of several "
+                "is undecided."
+            )
+    else:
+        how = f"Student's t {over_devices}"
+        claim = "A claim holds where the interval, paired over devices, excludes zero in every comparison of it."
     return [
         f"Training seeds {', '.join(map(str, seeds)) or 'none yet'}; {settings.devices} devices a rate, the same ones "
         f"for all networks; {outcome.comparison.num_images} test images. Intervals: {how}. {claim} Intervals are not "

@@ -36,7 +36,7 @@ def parsed() -> argparse.Namespace:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="print runs, configs and hashes; run nothing")
     mode.add_argument("--report", action="store_true", help="make the table of what is there; run nothing")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # overrides may follow options
 
 
 def listing(planned: Sequence[Planned]) -> str:

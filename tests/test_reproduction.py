@@ -547,6 +547,22 @@ def test_the_script_explains_a_mistake_in_one_line(capsys):
     assert err.startswith("error: unknown study 'table55'") and err.count("\n") == 1
 
 
+def documented_lines():
+    lines = (SCRIPT.parent.parent / "docs" / "reproduction.md").read_text().splitlines()
+    start = "python scripts/reproduce.py "
+    return [line.removeprefix(start).split("#")[0].split() for line in lines if line.startswith(start)]
+
+
+@pytest.mark.parametrize("arguments", documented_lines(), ids=" ".join)
+def test_documented_lines_are_understood(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("FTNAS_CIFAR10_FOLDERS", str(tmp_path))
+    arguments = [part for part in arguments if part not in ("--dry-run", "--report")]
+    code, out, err = script(capsys, *arguments, "--dry-run", "--cache", tmp_path)
+    assert code == 0, err
+    seeds = len(read_scale("full" if "full" in arguments else "small").seeds)
+    assert len(out.splitlines()) == seeds * len(read_study(arguments[0]).rows)
+
+
 def test_dry_run_prints_runs_of_the_papers_size_and_runs_nothing(capsys, tmp_path):
     code, out, err = script(capsys, "table5", "--scale", "full", "--dry-run", "--cache", tmp_path)
     assert code == 0, err

@@ -282,7 +282,11 @@ def _mobilenet_v1(shape: Shape) -> nn.Module:
 
 
 def _initialise(model: nn.Module) -> None:
-    """Draw weights as torchvision's networks do: convolutions by He et al. (fan out), Linear from N(0, 0.01^2)."""
+    """Draw weights of convolutions by He et al. (fan out) and of Linear from N(0, 0.01^2); biases are 0.
+
+    torchvision draws those of its VGG and MobileNet-V2 in this way, and leaves the Linear of its ResNet at torch's
+    default, which all layers have in the networks that ``ftnas.space`` builds.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -26,14 +26,14 @@ def naive_complexity(model, shape):
     return sum(p.numel() for p in model.parameters()) / 1e6, flops / 1e6
 
 
-# Published: Table 4 of FTT-NAS for the first three, He et al. 2016 (0.27M) for ResNet-20, the common CIFAR version for
-# MobileNet-V1.
+# Published: Table 4 of FTT-NAS for the first two, He et al. 2016 (0.27M) for ResNet-20, the common CIFAR version for
+# MobileNet-V1. MobileNet-V2 is torchvision's, to the digit; 2.30M and 182M in Table 4 are another variant's.
 @pytest.mark.parametrize(
     ("name", "params", "mflops"),
     [
         ("resnet18", (11.17, 11.18), (1110, 1111)),
         ("vgg16", (14.70, 14.75), (626, 627)),
-        ("mobilenet_v2", (2.2, 2.3), (175.9, 182)),
+        ("mobilenet_v2", (2.236682, 2.236682), (175.952896, 175.952896)),
         ("resnet20", (0.27, 0.28), (81, 82)),
         ("resnet8", (0.078, 0.079), (24, 26)),
         ("mobilenet_v1", (3.2, 3.3), (92, 94)),

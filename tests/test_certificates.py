@@ -69,6 +69,28 @@ def test_the_search_is_exact_and_greedy_is_within_its_gap(seed, times, monkeypat
         assert (used <= budgets).all()
 
 
+def equal_costs(*layers):
+    """Layers of n components that cost the same each, one number for each of two rows."""
+    one = torch.tensor([effects for _, effects in layers], dtype=torch.float64)[:, :, None]
+    return [Cost(f"{i}", one[i] * torch.arange(n + 1, dtype=torch.float64)) for i, (n, _) in enumerate(layers)]
+
+
+def test_greedy_fills_from_every_first_layer(monkeypatch):
+    """4 of the first layer leave no room; 2 of the second leave it for 1 of the first and 2 of the third."""
+    monkeypatch.setattr(searching, "MOST_TABLE", 0)
+    costs = equal_costs((4, (0.25, 0.25)), (2, (0.34, 0.0)), (2, (0.0, 0.34)))
+    assert largest(costs, torch.ones(2, dtype=torch.float64)).counts == (1, 2, 2)
+
+
+def test_the_gap_holds_the_best_distribution_where_greedy_misses_it(monkeypatch):
+    """Two failures each in the second and the third layer; greedy fills the second one."""
+    costs, budgets = equal_costs((2, (2.0, 3.0)), (3, (1.0, 2.0)), (3, (2.0, 1.0))), 6.0 * torch.ones(2).double()
+    assert largest(costs, budgets).counts == (0, 2, 2)
+    monkeypatch.setattr(searching, "MOST_TABLE", 0)
+    greedy = largest(costs, budgets)
+    assert (sum(greedy.counts), greedy.at_most, greedy.gap, greedy.exact) == (3, 4, 1, False)
+
+
 @pytest.mark.parametrize("times", [1, 3])
 def test_a_cost_is_the_naive_sum_of_the_largest_effects(times):
     (cost,) = random_costs((4,), times=times)

@@ -44,7 +44,7 @@ def network(depth: int, width: int, constant: float) -> nn.Sequential:
             nn.init.zeros_(layers[-2].bias)  # type: ignore[arg-type]
     model = nn.Sequential(*layers[:-1]).double()
     for module in model[:-1:2]:
-        module.weight *= 4.0 * constant  # type: ignore[operator]
+        module.weight.mul_(4.0 * constant)  # type: ignore[operator]
     return model
 
 

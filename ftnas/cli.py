@@ -174,7 +174,10 @@ def bounds_command(pipeline: Pipeline) -> None:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--allow-factory", is_flag=True, help="The model file is your own and may import what it names.")
 def verify_command(certificate: Path, model: Path, allow_factory: bool) -> None:
-    """Check a CERTIFICATE (certificate.json of `ftnas bounds`) against a MODEL file: what its failures can do is computed again."""
+    """Check a CERTIFICATE (certificate.json of `ftnas bounds`) against a MODEL file.
+
+    What its failures can do is computed again.
+    """
     from ftnas.bounds import read_certificate, verify
     from ftnas.models import load_model
 

@@ -50,6 +50,22 @@ class Answers(NamedTuple):
         return self.top1 == NONFINITE
 
 
+def unchanged(forward: Forward, images: Tensor) -> Tensor:
+    """Return the answer to images that other forwards read too.
+
+    Raises:
+        ValueError: The forward changes its images in place.
+    """
+    before = images._version
+    logits = forward(images)
+    if images._version != before:
+        raise ValueError(
+            "the model changes its input in place, so that its next forward would meet other images; let it compute "
+            "a new tensor (x = x - mean, not x -= mean)"
+        )
+    return logits
+
+
 @torch.no_grad()
 def top1(logits: Tensor) -> Tensor:
     """Return the class of the largest logit of each row of [B, classes], int64 [B]; `NONFINITE` without one."""
@@ -102,9 +118,9 @@ def score(
     for images, labels in batches:
         images_seen += len(labels)
         with injection.paused():
-            said = top1(forward(images))
+            said = top1(unchanged(forward, images))
         clean.append(torch.stack([(said == labels).sum(), (said == NONFINITE).sum()]))
-        faulty += [_num_correct(forward(images), labels) for _ in range(draws if alpha_r > 0 else 0)]
+        faulty += [_num_correct(unchanged(forward, images), labels) for _ in range(draws if alpha_r > 0 else 0)]
     right, lost = torch.stack(clean).sum(dim=0).tolist()
     if lost:
         raise RuntimeError(f"without faults, {lost} of {images_seen} answers are NaN or infinite")

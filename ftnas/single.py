@@ -199,14 +199,14 @@ def run_single_faults(
             inject(model, plans=none, quantization=hardware.quantization) as injection,
             torch.no_grad(),
         ):
-            clean = [int(top1(model(image))) for image in batches]
+            clean = [int(top1(model(image.clone()))) for image in batches]
             for stratum, number, name in zip(strata, trials, names, strict=True):
                 if name in done:
                     continue
                 changed = broken = 0
                 for which, image in draw_experiments(stratum, number, num_images=len(batches), seed=seed):
                     injection.replay(PlanSet((fault,), {stratum.key: stratum.plan(which)}))
-                    answer = int(top1(model(batches[image])))
+                    answer = int(top1(model(batches[image].clone())))
                     changed += answer != clean[image]
                     broken += answer == NONFINITE
                     progress.advance(stratum.key[1])
@@ -247,7 +247,7 @@ def draw_experiments(stratum: Faults, number: int, *, num_images: int, seed: int
 def _find(model: nn.Module, fault: Fault, hardware: Hardware, image: Tensor) -> list[Faults]:
     under = hardware.with_fault(fault.with_rate(0.0))
     with torch.no_grad(), under.inject(model, seed=0) as injection:
-        model(image)
+        model(image.clone())
     return single_faults(injection, fault)
 
 

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ftnas.compute import Compute
 from ftnas.data import ImageSet
-from ftnas.evaluate import Forward, answers
+from ftnas.evaluate import Forward, answers, unchanged
 from ftnas.faults import Injection
 from ftnas.faults.hardware import Hardware
 from ftnas.graphs import WARM_UP, CudaGraph, Graph, GraphedStep
@@ -95,7 +95,7 @@ class FaultTolerantLoss:
 
     def _logits(self, forward: Forward, images: Tensor) -> Tensor:
         with self._compute.forward(images.device):
-            logits = forward(images)
+            logits = unchanged(forward, images)
         return logits.float()
 
     def _watching(self) -> AbstractContextManager[None]:

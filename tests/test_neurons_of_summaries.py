@@ -177,3 +177,21 @@ def test_what_is_something_else_is_refused_in_one_line(model, shape, message):
     with pytest.raises(ValueError, match=message) as caught:
         summarize(model, shape)
     assert "\n" not in str(caught.value)
+
+
+class Aliased(nn.Module):
+    """Adds to a value under another name, and reads it under the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        first = second = self.layer(x)
+        second += x
+        return self.last(torch.relu(first) + second)
+
+
+def test_a_value_that_is_overwritten_under_another_name_is_refused():
+    with pytest.raises(ValueError, match="overwrites in place"):
+        summarize(Aliased().eval(), (4,))

@@ -95,7 +95,7 @@ class Cut:
         """Return values [B, ...] under K masks of units alive, bool [K, units]: [K, B, ...]."""
         shape = (len(alive), 1, values.shape[1], *[1] * (values.dim() - 2))
         mask = alive.view(shape) if self.unit == "channel" else alive.view(len(alive), 1, *values.shape[1:])
-        return values * mask
+        return torch.where(mask, values, 0.0)  # NaN and infinities too
 
     def by_unit(self, products: Tensor) -> Tensor:
         """Sum over the values of each unit.

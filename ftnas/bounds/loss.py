@@ -29,7 +29,7 @@ class WithLoss(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return losses [K, 1] of inputs [K, ...], K = k B in blocks of B."""
         labels = self.labels.repeat(len(inputs) // len(self.labels))
-        return F.cross_entropy(self.model(inputs), labels, reduction="none")[:, None]
+        return F.cross_entropy(self.model(inputs.clone()), labels, reduction="none")[:, None]
 
 
 def loss_shift(model: nn.Module, inputs: Tensor, labels: Tensor, mean: Tensor) -> Tensor:

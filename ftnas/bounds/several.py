@@ -93,7 +93,7 @@ def sampled_jointly(failing: Failing, inputs: Tensor, *, samples: int, generator
 def _errors(failing: Failing, inputs: Tensor, alive: Tensor, units: Sequence[int]) -> Tensor:
     """Return the errors under masks [K, all units]: float64 [K, B, M]."""
     model = failing[0][0].model
-    before = model(inputs).double()
+    before = model(inputs.clone()).double()
     found = []
     for part in alive.split(max(1, CHUNK // len(inputs))):
         masks = part.split(list(units), dim=1)

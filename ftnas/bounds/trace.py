@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,10 +21,17 @@ VIEWS = frozenset(
 )
 
 
+def _recorded(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    """Return the method that records ``x += y`` as what it is; a trace would say ``x + y``."""
+    return lambda x, y: x.tracer.create_proxy("call_function", function, (x, y), {})
+
+
 class Shaped(fx.Proxy):
     """A value of a trace that knows its shape, so that code which computes with shapes can be traced."""
 
     concrete: Any = None
+    __iadd__, __isub__ = _recorded(operator.iadd), _recorded(operator.isub)
+    __imul__, __itruediv__ = _recorded(operator.imul), _recorded(operator.itruediv)
 
     @property
     def shape(self) -> torch.Size:

@@ -53,7 +53,7 @@ def from_weights(model: nn.Module, layer: str, inputs: Tensor, *, p: float) -> W
     name, weight = f"{layer}.weight", module.weight.detach()
 
     def outputs(own: Tensor, sample: Tensor) -> Tensor:
-        found: Tensor = functional_call(model, {name: own}, (sample[None],))
+        found: Tensor = functional_call(model, {name: own}, (sample[None].clone(),))
         return found[0]
 
     gradients = vmap(jacrev(outputs), in_dims=(None, 0), chunk_size=CHUNK)(weight, inputs)  # [B, M, *weight]
@@ -85,7 +85,7 @@ def loss_shift_from_weights(model: nn.Module, layer: str, inputs: Tensor, labels
         raise ValueError(f"a crash probability is in [0, 1], got {p!r}")
     weight = _weighted(model.eval(), layer, inputs).weight
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(F.cross_entropy(model(inputs), labels), weight)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(inputs.clone()), labels), weight)
     return -p * (gradient.double() * weight.detach().double()).sum()
 
 
@@ -108,7 +108,7 @@ def _weighted(model: nn.Module, layer: str, inputs: Tensor) -> nn.Linear | nn.Co
     runs: list[None] = []
     handle = module.register_forward_hook(lambda *_: runs.append(None))
     try:
-        model(inputs[:1])
+        model(inputs[:1].clone())
     finally:
         handle.remove()
     if len(runs) != 1:

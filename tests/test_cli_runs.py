@@ -75,7 +75,8 @@ class Dies:
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_signal_in_the_callback_of_a_weak_reference_is_not_lost(monkeypatch, number, kind):
     monkeypatch.setattr(sys, "unraisablehook", cli._interrupt_again)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    handlers = {signal.SIGTERM: lambda *_: sys.exit(143), signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         with pytest.raises(kind):
             thing = Dies()
@@ -86,7 +87,8 @@ def test_a_signal_in_the_callback_of_a_weak_reference_is_not_lost(monkeypatch, n
                 time.sleep(0.001)
         assert reference() is None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     others = []
     monkeypatch.setattr(sys, "__unraisablehook__", others.append)
     cli._interrupt_again(thing := SimpleNamespace(exc_value=ValueError("x")))

@@ -5,21 +5,12 @@ import json
 import pytest
 import torch
 from PIL import Image
+from test_cli import TRAIN as SMALL
 from test_cli import ftnas
 
 from ftnas import rng
 
-TRAIN = [
-    "search=null",
-    "control=null",
-    "threads=1",
-    "train.models={net: {baseline: resnet20, width: 0.25}}",
-    "train.recipe.epochs=1",
-    "train.recipe.batch_size=8",
-    "campaign.devices=1",
-    "campaign.images=10",
-    "campaign.sweeps.0.rates=[0.01]",
-]
+TRAIN = [*SMALL, "train.recipe.batch_size=8", "campaign.devices=1", "campaign.images=10"]
 
 
 def folder_of(path, seed, size=8):

@@ -66,6 +66,12 @@ class Pipeline:
             self.run.describe(num_classes=len(images.classes))
         return self._train_images
 
+    def _test_images(self) -> ImageSet:
+        """Load the test images, on the device."""
+        images = load(self.config.data, "test").to(self.device)
+        self._describe(images, "test_digest", "test")
+        return images
+
     def _describe(self, images: ImageSet, name: str, which: str) -> None:
         """Note the images of a run by their digest; a ValueError where it was begun with others."""
         before = self.run.info.get(name)
@@ -130,8 +136,7 @@ class Pipeline:
         if not config.evaluates:
             raise ValueError(f"the config {config.name!r} has no campaign, single_faults or protections section")
         subjects = list(self._subjects())
-        images = load(config.data, "test").to(self.device)
-        self._describe(images, "test_digest", "test")
+        images = self._test_images()
         seed, hardware = seed_for(config.seed, "campaign"), config.hardware
         if config.campaign is not None:
             chosen = _some(images, config.campaign.images)
@@ -153,7 +158,7 @@ class Pipeline:
         config = self.config.bounds
         if config is None:
             raise ValueError(f"the config {self.config.name!r} has no bounds section")
-        images = _some(load(self.config.data, "test").to(self.device), config.images)
+        images = _some(self._test_images(), config.images)
         seed = seed_for(self.config.seed, "bounds")
         return run_tolerance(list(self._subjects()), images, config=config, seed=seed, folder=self.run)
 

@@ -60,10 +60,10 @@ class Pipeline:
     def train_images(self) -> ImageSet:
         """The training images, on the device; loaded on first use."""
         if self._train_images is None:
-            self._train_images = load(self.config.data, "train").to(self.device)
-            images = self._train_images
+            images = load(self.config.data, "train").to(self.device)
             self._describe(images, "dataset_digest", "training")
             self.run.describe(num_classes=len(images.classes))
+            self._train_images = images
         return self._train_images
 
     def _test_images(self) -> ImageSet:
@@ -76,7 +76,6 @@ class Pipeline:
         """Note the images of a run by their digest; a ValueError where it was begun with others."""
         before = self.run.info.get(name)
         if before not in (None, images.digest):
-            self._train_images = None
             raise ValueError(
                 f"data: the {which} images are not those that {self.run.path} was begun with (digest "
                 f"{images.digest[:12]}, then {before[:12]}); give those, or begin another run with --out"

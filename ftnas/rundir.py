@@ -247,26 +247,30 @@ class RunDir(Folder):
         self.write_json("run.json", {**self.info, **facts})
 
     def close(self) -> None:
-        """Close the TensorBoard writers and let another process have the run."""
+        """Close the TensorBoard writers, remove the run that was replaced, and let another process have this one."""
         super().close()
+        if self._replaced is not None:
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            self._replaced = None
         self._lock.release()
 
     def __enter__(self) -> RunDir:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._new and kind is not None and issubclass(kind, ValueError) and not self._made_anything():
+            self._withdraw()
         self.close()
-        mistaken = self._new and kind is not None and issubclass(kind, ValueError) and not self._made_anything()
-        if mistaken:
-            shutil.rmtree(self.path, ignore_errors=True)
-        if mistaken and self._filled:  # an empty folder was there before
+
+    def _withdraw(self) -> None:
+        """Leave things as they were before the run."""
+        super().close()
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._filled:  # an empty folder was there before
             self.path.mkdir(exist_ok=True)
-        if self._replaced is None:
-            return
-        if mistaken:
+        if self._replaced is not None:
             os.rename(self._replaced, self.path)
-        else:
-            shutil.rmtree(self._replaced, ignore_errors=True)
+            self._replaced = None
 
     def _made_anything(self) -> bool:
         """Tell whether there is a file beyond those that every run begins with."""

@@ -18,6 +18,7 @@ from test_cli import TRAIN, ftnas
 
 from ftnas import cli
 from ftnas.report import _slug, _unused, build_report
+from ftnas.rundir import RunDir
 from ftnas.storage import save_checkpoint
 
 
@@ -63,6 +64,9 @@ def test_what_was_replaced_is_removed_in_the_end(tmp_path):
     (tmp_path / "run" / "note.txt").write_text("of the old run")
     assert ftnas("train", "quickstart", *one, "seed=1", "--out", tmp_path / "run", "--overwrite") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["run"] and not (tmp_path / "run" / "note.txt").exists()
+    RunDir.create(tmp_path / "other", {}).close()
+    RunDir.create(tmp_path / "other", {}, overwrite=True).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]
     left = tmp_path / ".run.old-0123abcd"  # by a process that was killed before
     left.mkdir()
     assert ftnas("train", "--resume", tmp_path / "run") == 0 and not left.exists()

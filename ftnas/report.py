@@ -365,7 +365,8 @@ def _facts(report: Report) -> dict[str, str]:
         "command": "command",
         "version": "ftnas",
         "commit": "commit",
-        "dataset_digest": "dataset digest",
+        "dataset_digest": "training images, digest",
+        "test_digest": "test images, digest",
         "config_sha256": "config SHA-256",
         "created": "started",
     }

@@ -18,6 +18,7 @@ from ftnas.models import ModelConfig, call_factory, check_state, count, describe
 from ftnas.parallel import SearchJob, check_ranks, search_on_ranks
 from ftnas.progress import say
 from ftnas.protection import run_protection
+from ftnas.recipe import SgdConfig, StepSchedule
 from ftnas.rng import seed_for
 from ftnas.rundir import Folder, RunDir, quoted
 from ftnas.search import SearchConfig
@@ -90,6 +91,7 @@ class Pipeline:
         folder = self.run.stage(which)
         if folder.file(WINNER).exists():
             return Genotype.load(folder.file(WINNER))
+        _say_unreached(config.weights, config.epochs, where=f"{which}.weights")
         job = SearchJob(
             config,
             data=self.config.data,
@@ -118,6 +120,7 @@ class Pipeline:
         trainings = [self._training(name, seed) for name in stage.models for seed in stage.seeds]
         failures: list[Failure] = []
         if not all(training.done for training in trainings):
+            _say_unreached(stage.recipe, stage.recipe.epochs, where="train.recipe")
             if self.config.pool.workers:
                 failures = train_on_workers(
                     trainings, self.train_images, pool=self.config.pool, asha=stage.asha, folder=self.run.stage("train")
@@ -259,6 +262,14 @@ class Pipeline:
 
 def _size(shape: Sequence[int]) -> str:
     return "x".join(str(number) for number in shape)
+
+
+def _say_unreached(recipe: SgdConfig, epochs: int, *, where: str) -> None:
+    """Say that milestones of the learning rate have no effect, as in a config whose epochs were shortened alone."""
+    marks = recipe.schedule.unreached(epochs) if isinstance(recipe.schedule, StepSchedule) else ()
+    if marks:
+        late = ", ".join(map(str, marks))
+        say(f"warning: {where}.schedule.milestones: {epochs} epochs end before {late} can have an effect")
 
 
 def pick_device(name: str) -> torch.device:

@@ -22,6 +22,10 @@ class StepSchedule(Settings):
     milestones: tuple[Count, ...]
     decay: Rate = 0.1
 
+    def unreached(self, epochs: int) -> tuple[int, ...]:
+        """Return the milestones that no epoch of so many comes after, which have no effect."""
+        return tuple(mark for mark in self.milestones if mark >= epochs)
+
 
 class CosineSchedule(Settings):
     """The learning rate along half a cosine, down to ``final_lr`` after the last epoch."""
@@ -86,7 +90,7 @@ class TrainConfig(SgdConfig):
             docs/results/bn-statistics.md); the weights do not depend on it.
         rate_protocol: Training rates to try, as the paper's Table 4 does: the largest whose clean accuracy on the
             held-out training images is above ``rate_threshold`` is kept. None trains at the hardware's own rate.
-        holdout: Share of the training images that is held out for the rate protocol (or, without one, not at all).
+        holdout: Share of the training images that is held out for the rate protocol.
         regularizers: What is added to the loss, or done to units, against crashes: ``crash_variance``, ``dropout``,
             ``fep`` (``ftnas.regularizers``).
     """
@@ -107,6 +111,10 @@ class TrainConfig(SgdConfig):
             )
         if self.rate_protocol is not None and not self.rate_protocol:
             raise ValueError("rate_protocol needs at least one rate; null trains at the hardware's own")
+        for name in ("rate_threshold", "holdout"):
+            given, default = getattr(self, name), TrainConfig.model_fields[name].default
+            if self.rate_protocol is None and given != default:
+                raise ValueError(f"{name}={given} belongs to rate_protocol, and there is none; remove it")
         if self.alpha_l == 1.0 and any(isinstance(extra, CrashVariance) for extra in self.regularizers):
             raise ValueError("crash_variance is of the clean forward, and alpha_l=1 has none; set alpha_l below 1")
         return self

@@ -166,6 +166,8 @@ def test_a_diverging_loss_is_an_error(images, tmp_path):
         ({"alpha_l": 0.0, "mask_gradients": True}, "no effect"),
         ({"alpha_l": 1.5}, "less than or equal to 1"),
         ({"rate_protocol": ()}, "at least one rate"),
+        ({"rate_threshold": 0.4}, "rate_threshold=0.4 belongs to rate_protocol, and there is none; remove it"),
+        ({"holdout": 0.2}, "holdout=0.2 belongs to rate_protocol"),
     ],
 )
 def test_settings_without_effect_are_refused(changes, message):

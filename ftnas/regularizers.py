@@ -16,6 +16,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, fx, nn
 
+from ftnas.hooks import on_output
 from ftnas.settings import Positive, Settings, did_you_mean
 
 Chance = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -126,16 +127,18 @@ class Regularization:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Crash units by dropout, and let ``watching`` see values, in forwards with gradients within the body."""
-        handles = []
+        undo: list[Callable[[], None]] = []
         try:
             for config, modules in self._dropouts:
-                handles += [module.register_forward_hook(self._dropping(config)) for module in modules]
+                drop = self._dropping(config)
+                # an injection looks at the model once, without gradients: that draws nothing
+                undo += [on_output(module, drop, active=torch.is_grad_enabled) for module in modules]
             for number, (_, modules) in enumerate(self._variances):
-                handles += [module.register_forward_hook(self._watching(number)) for module in modules]
+                undo += [module.register_forward_hook(self._watching(number)).remove for module in modules]
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for remove in undo:
+                remove()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -181,10 +184,8 @@ class Regularization:
             total = total + effect.square().sum() / len(logits)
         return total
 
-    def _dropping(self, config: Dropout) -> Callable[[nn.Module, object, Tensor], Tensor]:
-        def drop(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():  # an injection looks at the model once: that draws nothing
-                return output
+    def _dropping(self, config: Dropout) -> Callable[[Tensor], Tensor]:
+        def drop(output: Tensor) -> Tensor:
             shape = output.shape[:2] if config.unit == "channel" else output.shape
             alive = torch.rand(shape, generator=self._generator, device=output.device) >= config.rate
             return output * alive.view(*shape, *[1] * (output.dim() - len(shape)))

@@ -254,6 +254,35 @@ def test_a_node_that_is_down_before_an_activation_function(errors):
     assert injection.record.hits == 1
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("read", [True, False])
+def test_a_node_with_an_activation_function_in_place(read, training):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.function, self.last = nn.Linear(6, 40), nn.ReLU(inplace=True), nn.Linear(40, 4)
+
+        def forward(self, x):
+            hidden = self.first(x)
+            after = self.function(hidden)
+            return self.last(after if read else hidden)
+
+    model, crash = built(Net), NeuronCrash(rate=0.5, where={"layers": ["first"]})
+    for rate in (0.0, 1.0):
+        node = NodeDown(rate=rate, nodes={"a": ["function"]})
+        for also in ([crash], []):
+            with torch.set_grad_enabled(training), inject(model, *also, node, seed=1, errors="soft") as injection:
+                answers = model(X)
+            if rate == 1.0:
+                assert torch.equal(answers, model.last.bias.expand_as(answers))
+            elif also:
+                with torch.set_grad_enabled(training), inject(model, *also, seed=1, errors="soft") as alone:
+                    assert torch.equal(answers, model(X))
+                assert injection.record.faults[0].hits == alone.record.faults[0].hits > 0
+            else:
+                assert torch.equal(answers, model(X))
+
+
 # Formats
 
 

@@ -56,6 +56,39 @@ def test_what_a_dead_node_hosts_gives_zero(model):
     assert torch.equal(model(IMAGES), whole) and not any(module._forward_hooks for module in model.modules())
 
 
+class InPlace(nn.Module):
+    """An activation in place, the return value of which is read or not, after a convolution."""
+
+    def __init__(self, function, read):
+        super().__init__()
+        self.conv, self.function, self.read = nn.Conv2d(1, 2, 3, padding=1, bias=False), function, read
+
+    def forward(self, images):
+        x = self.conv(images)
+        y = self.function(x) if self.read else self.function(input=x)
+        return (y if self.read else x) + images.mean()
+
+
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("function", [nn.ReLU, nn.ELU, nn.SiLU, nn.Hardtanh])
+def test_a_dead_activation_in_place_reaches_who_reads_its_input(function, read):
+    model = InPlace(function(inplace=True), read)
+    alive = model(IMAGES)
+    rest = (IMAGES.mean() * torch.ones_like(alive)).detach()
+    with inject(model, down(1.0, a=["function"]), seed=0) as injection:
+        dead = model(IMAGES)
+        assert torch.equal(dead, rest)
+        dead.sum().backward()
+        assert not model.conv.weight.grad.any()
+        with injection.paused():
+            assert torch.equal(model(IMAGES), alive)
+            model(IMAGES).square().sum().backward()
+    assert model.function.inplace and torch.equal(model(IMAGES), alive)
+    gradient, model.conv.weight.grad = model.conv.weight.grad, None
+    model(IMAGES).square().sum().backward()
+    torch.testing.assert_close(gradient, model.conv.weight.grad)
+
+
 @torch.no_grad()
 def test_nodes_fail_each_on_its_own_at_the_rate_and_a_seed_repeats_it(model):
     def draws(seed, num, **options):

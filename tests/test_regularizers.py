@@ -169,6 +169,32 @@ def test_dropout_crashes_units_and_does_not_scale():
     assert torch.equal(net(x), x.flatten(1))  # nothing stays
 
 
+@pytest.mark.parametrize("read", [True, False])
+def test_dropout_reaches_who_reads_the_input_of_an_activation_in_place(read):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.function = nn.ELU(inplace=True)
+
+        def forward(self, given):
+            x = given * 1
+            y = self.function(x)
+            return y if read else x
+
+    net, x = Net(), torch.linspace(-1, 1, 600).view(2, 3, 100).requires_grad_()
+    extras = Regularization([Dropout(layers=("elu",), rate=0.5)], net)
+    extras.step(generator(0, "masks"))
+    with extras.attached():
+        dropped = net(x)
+        (gradient,) = torch.autograd.grad(dropped.sum(), x)
+    alive = dropped != 0
+    assert 200 < alive.sum() < 400
+    own = torch.where(x > 0, x, x.expm1())
+    torch.testing.assert_close(dropped, own * alive)
+    torch.testing.assert_close(gradient, torch.where(x > 0, 1.0, x.exp()) * alive)
+    assert net.function.inplace and (net(x) == 0).sum() == 0
+
+
 def test_the_loss_is_the_cross_entropy_and_the_penalties(images):
     net = small_net().train()
     x, y = next(images.batches(32))

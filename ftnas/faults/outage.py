@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ftnas.faults.activation import ActivationMode
 from ftnas.faults.base import FAULTS, Fault, Plan, Site
 from ftnas.faults.sampling import bernoulli_sites, persisting
+from ftnas.hooks import on_output
 from ftnas.quantize import Grid
 from ftnas.rng import generator
 from ftnas.settings import Rate, did_you_mean
@@ -128,24 +129,25 @@ class Outages:
             activations: Waits for activation functions, of what is silenced too.
         """
         undo = []
+        copied = activations.replace if activations is not None else lambda _given, _copy: None
         for number, hosted in self._hosted.items():
             for node, modules in hosted.items():
-                hook = self._hook(number, node, current, count, activations)
-                undo += [module.register_forward_hook(hook).remove for module in modules]
+                silenced = self._silencer(number, node, current, count, activations)
+                for module in modules:
+                    undo.append(on_output(module, silenced, active=lambda: current() is not None, copied=copied))
         return undo
 
-    def _hook(
+    def _silencer(
         self,
         number: int,
         node: str,
         current: Callable[[], int | None],
         count: Callable[[int, str, Plan], None],
         activations: ActivationMode | None,
-    ) -> Callable[..., Any]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+    ) -> Callable[[Any], Tensor]:
+        def silenced(output: Any) -> Tensor:
             draw = current()
-            if draw is None:
-                return None
+            assert draw is not None
             if not isinstance(output, Tensor):
                 raise ValueError(f"node_down: a module of node {node} gives no single tensor; host others")
             when = "device" if self._hard else draw
@@ -159,10 +161,10 @@ class Outages:
                     self._counted.add((number, node, when))
                     count(number, node, plan)
             if not len(plan.sites):
-                return None
+                return output
             silent = torch.zeros_like(output)
             if activations is not None:
                 activations.replace(output, silent)
             return silent
 
-        return hook
+        return silenced

@@ -122,7 +122,7 @@ class Scorer:
         if self._open is None:
             self._supernet.eval()
             self._open = contextlib.ExitStack()
-            injection = self._hardware.inject(self._supernet, seed=weights.seed, errors="soft")
+            injection = self._hardware.inject(self._supernet, seed=weights.seed, errors="soft", draw_on="device")
             self._injection = self._open.enter_context(injection)
         if number != self._number:
             self._batches = [(_tensor(x), _tensor(y)) for x, y in images.get()]

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -44,21 +44,31 @@ class Grid:
     """The representable values of one quantized tensor: the integers lo..hi times ``lsb``.
 
     Attributes:
-        lsb: float32 scalar tensor, an exact power of two, on the tensor's device.
+        lsb: float32 scalar tensor, an exact power of two, on the tensor's device; for many tensors that lie end to
+            end, that of each value, [N].
         bits: Word width with the sign.
         lo: Smallest integer.
         hi: Largest integer.
+        largest: Largest magnitude of the values, where it is known, like ``lsb``.
     """
 
     lsb: Tensor
     bits: int
     lo: int
     hi: int
+    largest: Tensor | None = None
 
     @property
     def bound(self) -> Tensor:
         """Largest representable magnitude of the positive side, R_w of FTT-NAS eq. 3; a scalar tensor."""
         return self.lsb * self.hi
+
+    def at(self, places: Tensor) -> Grid:
+        """Return the grid of the values at some places, int64 [K], of the memory."""
+        if self.lsb.dim() == 0:
+            return self
+        largest = None if self.largest is None else self.largest.index_select(0, places)
+        return replace(self, lsb=self.lsb.index_select(0, places), largest=largest)
 
 
 class Rounded(NamedTuple):
@@ -94,7 +104,7 @@ class FixedPoint(Settings):
 
         A tensor with a NaN or an infinity gets a NaN step, so that it stays visible after quantization.
         """
-        return self._grid(self._lsb(x))
+        return self.grid_of(self._lsb(x))
 
     def round(self, x: Tensor, *, need_inside: bool, in_place: bool = False, limit: Tensor | None = None) -> Rounded:
         """Round a float tensor of any shape to its own grid, in as few passes over it as there can be.
@@ -122,7 +132,7 @@ class FixedPoint(Settings):
             return Rounded(*round_to_grid(values, grid, need_inside=need_inside, out=out), grid)
         low, high = limits
         lsb = self._given_lsb() or _lsb_for(max(-low, high), self.bits)
-        grid = self._grid(torch.scalar_tensor(lsb, dtype=torch.float32, device=x.device))
+        grid = self.grid_of(torch.scalar_tensor(lsb, dtype=torch.float32, device=x.device))
         if grid.lo <= round(low / lsb) and round(high / lsb) <= grid.hi:
             return Rounded(_to_multiples(values, lsb, self.bits, out=out), None, grid)
         return Rounded(*round_to_grid(values, grid, need_inside=need_inside, out=out), grid)
@@ -137,9 +147,10 @@ class FixedPoint(Settings):
         limits = _limits(self.bits, self.encoding, x.device)
         values, inside, lsb = _compiled()(flat, given, limits, need_inside)
         shaped = None if inside is None else _same_memory(inside, x.size(), x.stride())
-        return Rounded(_same_memory(values, x.size(), x.stride()), shaped, self._grid(lsb))
+        return Rounded(_same_memory(values, x.size(), x.stride()), shaped, self.grid_of(lsb))
 
-    def _grid(self, lsb: Tensor) -> Grid:
+    def grid_of(self, lsb: Tensor) -> Grid:
+        """Return the grid of a step, as `Grid` has it."""
         hi = 2 ** (self.bits - 1) - 1
         return Grid(lsb=lsb, bits=self.bits, lo=-hi - 1 if self.encoding == "twos_complement" else -hi, hi=hi)
 
@@ -153,8 +164,11 @@ class FixedPoint(Settings):
         given = self._given_lsb() or given
         if given is not None:
             return torch.full((), given, dtype=torch.float32, device=x.device)
-        largest = x.detach().abs().amax()
-        largest = largest if x.dtype == torch.float64 else largest.float()
+        largest = torch.linalg.vector_norm(x.detach(), float("inf"))
+        return self.step(largest if x.dtype == torch.float64 else largest.float())
+
+    def step(self, largest: Tensor) -> Tensor:
+        """Return the step of a free range for magnitudes, float32 or float64 of any shape; float32."""
         return _step(largest, _below(largest.dtype) * 2.0 ** (1 - self.bits)).float()
 
     def fraction_length(self, x: Tensor) -> int:
@@ -288,7 +302,7 @@ def _limits(bits: int, encoding: str, device: torch.device) -> Tensor:
 
     As numbers each would be compiled anew, and torch 2.11 compiles no numbers where function modes are off.
     """
-    grid = FixedPoint(bits=bits, encoding=encoding)._grid(torch.empty(()))
+    grid = FixedPoint(bits=bits, encoding=encoding).grid_of(torch.empty(()))
     below = _below(torch.float32) * 2.0 ** (1 - bits)
     return torch.tensor([grid.lo, grid.hi, below, SMALLEST_RANGE], device=device)
 

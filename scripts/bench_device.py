@@ -122,7 +122,8 @@ class Bench:
             trained, scored = (Supernet(space, num_classes=CLASSES).to(self._device) for _ in range(2))
         step = self._searching(trained, stage.weights, config.hardware)
         scored.eval()
-        injection = self._stack.enter_context(config.hardware.inject(scored, seed=0, errors="soft"))
+        injection = config.hardware.inject(scored, seed=0, errors="soft", draw_on="device")
+        self._stack.enter_context(injection)
         batch = stage.controller_batch or stage.weights.batch_size
         images, labels = self._batch(batch)
 

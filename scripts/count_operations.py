@@ -30,6 +30,7 @@ from ftnas.faults import drawing
 from ftnas.faults.drawing import Drawing
 from ftnas.faults.injection import Injection
 from ftnas.faults.record import Tally
+from ftnas.faults.together import Together
 from ftnas.models import build
 from ftnas.quantize import FixedPoint
 from ftnas.rng import Label, generator, isolated, seed_for
@@ -121,6 +122,10 @@ class Operations(TorchDispatchMode):
                 (Drawing, "_drawn", "drawing"),
                 (Tally, "add", "drawing"),
                 (Injection, "_apply", "injection"),
+                (Together, "_round", "rounding"),
+                (Drawing, "row", "drawing"),
+                (Tally, "add_row", "drawing"),
+                (Together, "_hit", "injection"),
             ):
                 stack.enter_context(mock.patch.object(owner, name, self._within(part, getattr(owner, name))))
             stack.enter_context(self)

@@ -208,7 +208,7 @@ def test_copies_inside_the_block_are_refused_and_fine_after_it(faults):
     with torch.no_grad(), inject(model, *faults, quantization=FIXED):
         model(images())
         with pytest.raises(
-            ValueError, match=r"inside inject\(...\) and cannot be copied there; copy it before or after"
+            ValueError, match=r"inside inject\(...\) and cannot be copied there; copy it outside of the block"
         ):
             copy.deepcopy(model)
     assert snapshot(copy.deepcopy(model))["values"] == snapshot(model)["values"]

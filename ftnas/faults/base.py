@@ -197,6 +197,8 @@ class Fault(Settings, ABC):
         stage: For features: ``point`` before the activation function, ``buffer`` on what is stored after it.
         rate_name: The quantity that a sweep varies.
         encoding: Encoding that the fault's hardware gives weights, when it differs from the quantizer's own.
+        in_rows: For weights in fixed point: whether tensors laid end to end can be drawn for and hit as one. Then
+            unit u of N values is of value u % N, and one value is as good as another.
     """
 
     persistence: Annotated[float, Field(ge=1.0)] = 1.0
@@ -208,6 +210,12 @@ class Fault(Settings, ABC):
     rate_name: ClassVar[str]
     encoding: ClassVar[Literal["twos_complement", "sign_magnitude"] | None] = None
     needs_quantization: ClassVar[bool] = True
+    in_rows: ClassVar[bool] = False
+
+    @property
+    def needs_largest(self) -> bool:
+        """Whether `apply_` needs the largest magnitude of a tensor."""
+        return False
 
     @abstractmethod
     def sample(self, site: Site, *, generator: torch.Generator) -> Plan:

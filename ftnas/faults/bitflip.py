@@ -35,6 +35,8 @@ class WeightBitFlip(Fault):
         dtype: Format of the words.
     """
 
+    in_rows: ClassVar[bool] = True
+
     bit_error_rate: Rate
     dtype: str | None = None
 
@@ -105,10 +107,11 @@ def flip_fixed_(values: Tensor, plan: Plan, grid: Grid) -> Tensor:
     several flips of one word simply add up, exactly in float32 for words of up to 24 bits.
     """
     bit, at = bit_rows(plan), hit_positions(plan, values)
-    word = (storage(values)[at].float() / grid.lsb).round().to(torch.int64)
+    lsb = grid.at(at).lsb
+    word = (storage(values)[at].float() / lsb).round().to(torch.int64)
     step = torch.where((word >> bit) & 1 == 1, -1, 1) << bit
     step = torch.where(bit == grid.bits - 1, -step, step)
-    return add_at_(values, at, step.to(torch.float32) * grid.lsb, plan.valid)
+    return add_at_(values, at, step.to(torch.float32) * lsb, plan.valid)
 
 
 def flip_float_(values: Tensor, plan: Plan, word: torch.dtype) -> Tensor:

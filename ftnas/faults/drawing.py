@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -67,6 +67,7 @@ class Drawing:
         self._streams: dict[Key, torch.Generator] = {}
         self._layers = frozenset().union(*(p.layers for p in placed))
         self._seeded = False
+        self._row: tuple[int, Callable[[], dict[Key, Plan]]] | None = None
 
     def __bool__(self) -> bool:
         return bool(self.placed)
@@ -86,7 +87,8 @@ class Drawing:
     def last(self, draw: int) -> dict[Key, Plan]:
         """Return the plans in force: those of the device, or those of one draw."""
         lasting = self.hard or self.given is not None
-        return {key: plan for key, (when, plan) in self._last.items() if lasting or when == draw}
+        found = {key: plan for key, (when, plan) in self._last.items() if lasting or when == draw}
+        return found | (self._row[1]() if self._row is not None and self._row[0] == draw else {})
 
     def plans(
         self, site: Site, draw: int, index: int, device: torch.device
@@ -105,6 +107,24 @@ class Drawing:
             if fresh is not None:
                 self._last[key] = (draw, fresh)
             yield placed, plan.to(device), fresh
+
+    @property
+    def draws_rows(self) -> bool:
+        """Whether `row` can draw for weights that are laid end to end."""
+        if not self.placed:
+            return True
+        entry = self.placed[0]
+        alike = entry.fault.in_rows and entry.fault.where is None and not any(entry.never.values())
+        return alike and len(self.placed) == 1 and self._on_device and not self.hard and self.given is None
+
+    def row(
+        self, site: Site, draw: int, device: torch.device, split: Callable[[Plan], Mapping[str, Plan]]
+    ) -> tuple[Placed, Plan]:
+        """Draw one plan for weights laid end to end; ``split`` gives the plan of each layer, where it is asked for."""
+        (placed,) = self.placed
+        plan = placed.fault.sample(site, generator=self._stream(placed, (placed.number, site.layer, 0), draw, device))
+        self._row = draw, lambda: {(placed.number, layer, 0): own for layer, own in split(plan).items()}
+        return placed, plan
 
     def streams(self) -> list[torch.Generator]:
         """Return the generators that plans were drawn from so far."""

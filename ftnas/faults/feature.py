@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import ClassVar, Literal
 
 import torch
@@ -71,11 +72,18 @@ class MiBB(Fault):
             raise ValueError("mibb needs fixed-point features: give a quantization")
         at = hit_positions(plan, values)
         before = storage(values).index_select(0, at)
-        every = torch.arange(2 * grid.bits, device=values.device)  # what each code adds
-        biases = ((1 - 2 * (every & 1)) << (every >> 1)).to(values.dtype) * grid.lsb
-        after = biases.index_select(0, plan.codes).add_(before)
-        after = after.clamp_(grid.lo * grid.lsb, grid.hi * grid.lsb)
+        steps = _steps(grid.bits, grid.lo, grid.hi, values.dtype, values.device) * grid.lsb
+        after = steps.index_select(0, plan.codes).add_(before)
+        after = after.clamp_(steps[-2], steps[-1])
         return add_at_(values, at, after.sub_(before), None if plan.whole else plan.valid)
+
+
+@cache
+def _steps(bits: int, lo: int, hi: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what each code of `MiBB` adds, and then the smallest and the largest word, [2 * bits + 2]."""
+    biases = [(1 - 2 * (code % 2)) * 2 ** (code // 2) for code in range(2 * bits)]
+    with torch.inference_mode(False):
+        return torch.tensor([*biases, lo, hi], dtype=dtype, device=device)
 
 
 @FAULTS.register("feature_bit_flip")

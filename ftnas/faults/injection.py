@@ -33,7 +33,8 @@ from ftnas.faults.plans import PlanSet
 from ftnas.faults.record import InjectionRecord, Tally
 from ftnas.faults.select import LAYER_TYPES, find_layers, is_ours
 from ftnas.faults.stored import SharedWeights, after_memory, is_stored, store_weight
-from ftnas.faults.trace import Call, FeaturePoints, find_feature_points
+from ftnas.faults.together import Together
+from ftnas.faults.trace import Call, FeaturePoints, find_feature_points, running_layers
 from ftnas.faults.variation import ReciprocalNormalVariation
 from ftnas.quantize import FixedPoint, FloatFormat, Grid, Rounded, straight_through
 
@@ -48,6 +49,7 @@ class Injection:
         shared: What the forwards of one training step share of the weights; None outside `weights_shared`.
         drawings: Where plans come from.
         tally: What was hit so far, as it is counted.
+        together: The weights of a training step, where they are read together.
         outages: Nodes that may be down.
     """
 
@@ -65,20 +67,18 @@ class Injection:
     ) -> None:
         self.draw = 0
         self.shared: SharedWeights | None = None
-        self._bounds = bounds
-        self._model = model
+        self._model, self._bounds = model, bounds
         self._layers = find_layers(model)
         self._faults = tuple(faults)
         self._weight_format, self._feature_format = formats
         self.drawings = drawings
         self._weights, self._features, self._buffers = drawings
         self.outages = outages
-        self._buffer_format = (
-            self._feature_format if any(p.fault.needs_quantization for p in self._buffers.placed) else None
-        )
-        self._mask_gradients = mask_gradients
-        self._watch = Watch() if watch else None
+        rounds = any(placed.fault.needs_quantization for placed in self._buffers.placed)
+        self._buffer_format = self._feature_format if rounds else None
+        self._mask_gradients, self._watch = mask_gradients, Watch() if watch else None
         self.tally = Tally(faults)
+        self.together = Together(self._layers, self._weight_format, self._weights, self.tally, mask_gradients)
         self._reads_nan_as_zero: frozenset[str] = frozenset()
         self._activations = ActivationMode(self._after_activation) if self._buffers else None
         self.finding = self._paused = self._running = self._ran = self._ran_faulty = False
@@ -144,9 +144,7 @@ class Injection:
             self.shared = None
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise ValueError(
-            "the model is inside inject(...) and cannot be copied there; copy it before or after the block"
-        )
+        raise ValueError("the model is inside inject(...) and cannot be copied there; copy it outside of the block")
 
     def __enter__(self) -> Injection:
         if self._undo:
@@ -201,9 +199,8 @@ class Injection:
 
     @property
     def _sees_features(self) -> bool:
-        return self._feature_format is not None or bool(
-            self._features or self._buffers or self._bounds or self._any_bound(FEATURE)
-        )
+        faulty = bool(self._features or self._buffers or self._bounds)
+        return faulty or self._feature_format is not None or self._any_bound(FEATURE)
 
     def _any_bound(self, kind: str) -> bool:
         return any(bound_of(module, kind) is not None for module in self._layers.values())
@@ -225,6 +222,9 @@ class Injection:
             self.draw += 1
             self._faulty_draw = self._current
             self._ran_faulty = True
+        if self.shared is not None and self._watch is None:
+            layers = running_layers(module, args, kwargs, self._points.get(module.training))
+            self.together.begin(layers, None if self._paused else self._current, self.shared)
         if self._activations is not None:
             self._activations.__enter__()
 
@@ -237,6 +237,7 @@ class Injection:
             self._activations.__exit__(None, None, None)
             self._activations.clear()
         self._running = False
+        self.together.ready = {}
 
     def _check_met(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.finding and self._activations is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ftnas import devices
@@ -90,6 +91,7 @@ class Tally:
         self._faults = list(faults)
         self._sums: list[dict[str, tuple[int, float, Tensor | int]]] = [{} for _ in self._faults]
         self._odd: list[dict[str, Tensor]] = [{} for _ in self._faults]
+        self._rows: list[tuple[list[str], Tensor] | None] = [None for _ in self._faults]
         self._features_zeroed: Tensor | int = 0
 
     def add(self, fault: int, layer: str, plan: Plan) -> None:
@@ -102,6 +104,29 @@ class Tally:
         sites, expected, hits = sums.get(layer, (0, 0.0, 0))
         hits += len(plan.sites) if readable else plan.hits()
         sums[layer] = (sites + plan.num_at_risk, expected + plan.num_at_risk * plan.rate, hits)
+
+    def add_row(
+        self, fault: int, layers: Sequence[str], sizes: Sequence[int], plan: Plan, numbers: Tensor, known: Iterable[str]
+    ) -> None:
+        """Count one plan of weights laid end to end; the counts stay on the device.
+
+        Args:
+            fault: Index of the fault model.
+            layers: In their order.
+            sizes: Values of each; N in all.
+            plan: Unit u is of value u % N.
+            numbers: The layer of each value, int64 [N], as its place among those ``known``.
+            known: All layers that there may be, the same in every call.
+        """
+        sums, row = self._sums[fault], self._rows[fault]
+        if row is None:
+            names = list(known)
+            row = self._rows[fault] = names, torch.zeros(len(names), dtype=torch.int64, device=numbers.device)
+        row[1].index_add_(0, numbers.index_select(0, plan.sites % plan.num_values), plan.valid.to(torch.int64))
+        for layer, size in zip(layers, sizes, strict=True):
+            sites, expected, hits = sums.get(layer, (0, 0.0, 0))
+            at_risk = plan.population // plan.num_values * size
+            sums[layer] = (sites + at_risk, expected + at_risk * plan.rate, hits)
 
     def count(self, fault: int, what: str, number: Tensor) -> None:
         """Add a scalar tensor to a fault model's ``nonfinite``, ``nan`` and the like; it stays on the device."""
@@ -148,8 +173,11 @@ class Tally:
     def record(self) -> InjectionRecord:
         """Return the sums so far; reads them back from the device."""
         faults = []
-        for fault, sums, odd in zip(self._faults, self._sums, self._odd, strict=True):
-            layers = {name: LayerHits(sites, int(hits), exp) for name, (sites, exp, hits) in sums.items()}
+        for fault, sums, odd, row in zip(self._faults, self._sums, self._odd, self._rows, strict=True):
+            more = {} if row is None else dict(zip(row[0], row[1].tolist(), strict=True))
+            layers = {
+                name: LayerHits(sites, int(hits) + more.get(name, 0), exp) for name, (sites, exp, hits) in sums.items()
+            }
             counts = {what: int(number) for what, number in odd.items()}
             faults.append(FaultRecord(*_total(list(layers.values())), fault=fault.name, layers=layers, **counts))
         return InjectionRecord(*_total(faults), faults=tuple(faults), features_zeroed=int(self._features_zeroed))

@@ -21,10 +21,18 @@ class SharedWeights:
     Attributes:
         clean: What is read without faults.
         rounded: The same as it was rounded, which a faulty copy starts from.
+        row: Layers whose weights were rounded together, and these end to end.
     """
 
     clean: dict[str, Tensor] = field(default_factory=dict)
     rounded: dict[str, Rounded] = field(default_factory=dict)
+    row: tuple[tuple[str, ...], Rounded] | None = None
+
+
+class Ready(Protocol):
+    """What is read for some weights in the forward that runs, by layer, where it is known already."""
+
+    ready: dict[str, Tensor]
 
 
 class Reader(Protocol):
@@ -32,6 +40,10 @@ class Reader(Protocol):
 
     finding: bool
     shared: SharedWeights | None
+
+    @property
+    def together(self) -> Ready:
+        """What is read in the forward that runs without being asked for."""
 
     def weight_bound(self, layer: str) -> Tensor | None:
         """Return the bound of a layer's weight as it is stored, a buffer or a parameter; None without."""
@@ -63,6 +75,9 @@ class StoredWeight(nn.Module):
         """Return the quantized and faulty weight; same shape and dtype."""
         if self._reader.finding:
             return weight
+        ready = self._reader.together.ready.get(self._layer)
+        if ready is not None:
+            return ready
         with torch._C.DisableTorchFunction():  # our own arithmetic is no business of any function mode
             return self._read(weight)
 

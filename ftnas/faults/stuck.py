@@ -30,6 +30,7 @@ class _StuckAt(Fault):
     target: ClassVar[Literal["weight", "feature"]] = "weight"
     rate_name: ClassVar[str] = "total_rate"
     encoding: ClassVar[Literal["twos_complement", "sign_magnitude"] | None] = "sign_magnitude"
+    in_rows: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _total(self) -> Self:
@@ -84,6 +85,11 @@ class AdSAF(_StuckAt):
 
     name: ClassVar[str] = "adsaf"
 
+    @property
+    def needs_largest(self) -> bool:
+        """Whether a cell is stuck at the largest magnitude."""
+        return self.stuck_at == "max"
+
     def sample(self, site: Site, *, generator: torch.Generator) -> Plan:
         """Draw the stuck units of a weight tensor; code 0 is SAF0, code 1 is SAF1.
 
@@ -95,9 +101,11 @@ class AdSAF(_StuckAt):
         """Set the stuck weights in place; see `Fault.apply_`."""
         if grid is None:
             raise ValueError("adsaf needs fixed-point weights: give a quantization")
-        bound = (grid.bound if self.stuck_at == "range" else values.abs().amax()).to(values.dtype)
-        stuck = plan.codes.to(values.dtype) * bound
         at = hit_positions(plan, values)
+        own = grid.at(at)
+        largest = values.abs().amax() if self.stuck_at == "max" and own.largest is None else own.largest
+        bound = own.bound if largest is None or self.stuck_at == "range" else largest
+        stuck = plan.codes.to(values.dtype) * bound.to(values.dtype)
         before = storage(values).index_select(0, at)
         valid = None if plan.whole else plan.valid
         if self.cells == "logical":
@@ -137,8 +145,9 @@ class BitAdSAF(_StuckAt):
         if grid is None:
             raise ValueError("bit_adsaf needs fixed-point weights: give a quantization")
         bit, at = bit_rows(plan), hit_positions(plan, values)
+        lsb = grid.at(at).lsb
         before = storage(values)[at]
-        magnitude = (before.float().abs() / grid.lsb).round().to(torch.int64)
+        magnitude = (before.float().abs() / lsb).round().to(torch.int64)
         step = (plan.codes - ((magnitude >> bit) & 1)) << bit  # several stuck bits of one weight add up
         step = torch.where(before < 0, -step, step)
-        return add_at_(values, at, step.to(torch.float32) * grid.lsb, plan.valid)
+        return add_at_(values, at, step.to(torch.float32) * lsb, plan.valid)

@@ -9,7 +9,7 @@ really run, so that the order of definition does not matter.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,6 +93,11 @@ class FeaturePoints:
         self._activated = trace.activated
         self._owners = {point: layer for layer, point in self._points.items()}
 
+    @property
+    def layers(self) -> Sequence[str]:
+        """The layers that run in every forward, as far as that is known."""
+        return tuple(dict.fromkeys(layer for layer, _ in self._points))
+
     def activated(self, layer: Call) -> bool:
         """Tell whether an activation function alone consumes the feature point of a layer call."""
         return layer in self._activated
@@ -118,6 +123,11 @@ class DeclaredPoints(FeaturePoints):
         self._norms = dict(norms)
         self._layers = {norm: layer for layer, norm in norms.items()}
         self._names = frozenset(activated)
+
+    @property
+    def layers(self) -> Sequence[str]:
+        """None that is known: a model with paths declares ``running_layers(...)`` for the arguments of a forward."""
+        return ()
 
     def activated(self, layer: Call) -> bool:
         """Tell whether an activation function alone consumes the feature point of a layer call."""
@@ -156,6 +166,25 @@ def find_feature_points(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping
     if count > 1:
         raise ValueError(f"feature_points() declares BatchNorm {twice!r} for {count} layers; give each layer its own")
     return DeclaredPoints(norms, names)
+
+
+def running_layers(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], points: FeaturePoints | None
+) -> Sequence[str]:
+    """Return the names of the layers that a forward will run, as far as that is known.
+
+    A model whose path changes may declare it: ``running_layers``, called with the arguments of the forward.
+
+    Args:
+        model: Any.
+        args: Positional arguments of the forward.
+        kwargs: Keyword arguments of the forward.
+        points: What was traced; None without.
+    """
+    declared = getattr(model, "running_layers", None)
+    if callable(declared):
+        return tuple(declared(*args, **kwargs))
+    return () if points is None else points.layers
 
 
 def trace_feature_points(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:

@@ -45,6 +45,12 @@ class CellBase(nn.Module):
         return zeros_like_output(states[0], channels=self.plan.channels, stride=self.plan.stride)
 
 
+def layers_below(root: nn.Module, name: str) -> tuple[str, ...]:
+    """Return the names of the Conv2d and Linear layers of a module of a model, itself among them."""
+    found = root.get_submodule(name).named_modules(prefix=name)
+    return tuple(inner for inner, module in found if isinstance(module, (nn.Conv2d, nn.Linear)))
+
+
 class CellNetwork(nn.Module):
     """Stem, cells, global average pooling, Linear (FTT-NAS section 4.2, Fig. 5).
 
@@ -87,6 +93,10 @@ class CellNetwork(nn.Module):
         if self.training and self.dropout > 0:
             features = dropout(features, self.dropout, generator=generator)
         return self.classifier(features)
+
+    def running_layers(self, *_args: Any, **_kwargs: Any) -> Sequence[str]:
+        """Return the names of the Conv2d and Linear layers that a forward with these arguments runs."""
+        return layers_below(self, "")
 
     def feature_points(self) -> dict[str, str]:
         """Return, for each Conv2d whose output goes to a BatchNorm alone, the names of both modules."""

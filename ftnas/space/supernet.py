@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ftnas.saturated import MARK, PLAIN, saturate_cell
 from ftnas.space.genotype import Cell, Genotype
-from ftnas.space.macro import CellBase, CellNetwork
+from ftnas.space.macro import CellBase, CellNetwork, layers_below
 from ftnas.space.ops import NONE, make_primitive, module_label
 from ftnas.space.space import NUM_INPUTS, CellPlan, Space
 
@@ -86,6 +89,7 @@ class Supernet(CellNetwork):
         self.space = space
         self.num_classes, self.in_channels = num_classes, in_channels
         self._cell_types = [plan.cell_type for plan in space.layout()]
+        self._below: dict[str, tuple[str, ...]] = {}
         use_batch_statistics(self)
 
     def forward(
@@ -103,6 +107,14 @@ class Supernet(CellNetwork):
         cells, functions = genotype.cells, genotype.saturation
         paths = [(cells[cell_type], functions.get(cell_type, PLAIN)) for cell_type in self._cell_types]
         return self.run(images, paths, dropout_generator)
+
+    def running_layers(self, _images: Tensor, genotype: Genotype, **_kwargs: Any) -> Sequence[str]:
+        """Return the names of the Conv2d and Linear layers on a genotype's path, each once."""
+        genotype.validate(self.space)
+        blocks = dict.fromkeys(shared for _, shared in _path_names(self, genotype))
+        for block in blocks.keys() - self._below.keys():
+            self._below[block] = layers_below(self, block)
+        return [layer for block in blocks for layer in self._below[block]]
 
 
 def use_batch_statistics(root: nn.Module) -> None:

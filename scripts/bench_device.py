@@ -7,7 +7,7 @@ Images are random. Every variant of `compute` that is asked for runs the same st
     python scripts/bench_device.py --device cuda --json device.json
     python scripts/bench_device.py --device cuda --compute plain channels_last+bf16+fused channels_last+bf16+fused+graph
     python scripts/bench_device.py --device cpu --seconds 1 --only search
-    python scripts/bench_device.py --device cpu --pixels 8 --batch 2    # what the host takes to issue a step, mostly
+    python scripts/bench_device.py --host    # what the host takes to issue a step: small tensors, no value read
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ftnas import devices
 from ftnas.compute import Compute
 from ftnas.config import RunConfig, read_config
 from ftnas.evaluate import score
@@ -42,7 +43,7 @@ from ftnas.space import Genotype, Supernet, load_space
 from ftnas.train import FaultTolerantLoss, descend, gradients_by, move
 
 IMAGES, CLASSES = 50_000, 10
-SEARCH = "w-ftt-nas-cifar10"
+SEARCHES = {"search": "w-ftt-nas-cifar10", "search, MiBB": "f-ftt-nas-cifar10"}
 TRAININGS = {
     "W-FTT-Net-20": ("train-w-ftt-net-adsaf", "w-ftt-net-20"),
     "ResNet-18": ("train-resnet18-adsaf", "resnet18"),
@@ -72,10 +73,17 @@ class Bench:
     """The jobs of one variant of `compute` on one device."""
 
     def __init__(
-        self, device: torch.device, compute: Compute, stack: contextlib.ExitStack, *, pixels: int, batch: int | None
+        self,
+        device: torch.device,
+        compute: Compute,
+        stack: contextlib.ExitStack,
+        *,
+        pixels: int,
+        batch: int | None,
+        narrow: bool = False,
     ) -> None:
         self._device, self._compute, self._stack = device, compute, stack
-        self._pixels, self._num_images = pixels, batch
+        self._pixels, self._num_images, self._narrow = pixels, batch, narrow
         self._stream = generator(0, "bench-device")
 
     def _batch(self, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,12 +120,13 @@ class Bench:
 
         return step
 
-    def search(self) -> Iterator[Job]:
-        """Give the steps of the search: of the shared weights, and of one candidate."""
-        config = read_config(SEARCH)
+    def search(self, name: str) -> Iterator[Job]:
+        """Give the steps of a search: of the shared weights, and of one candidate."""
+        config = read_config(SEARCHES[name])
         stage = config.search
         assert stage is not None
         space = load_space(stage.space)
+        space = space.resized(channels=2) if self._narrow else space
         with isolated(0, "bench-device"):
             trained, scored = (Supernet(space, num_classes=CLASSES).to(self._device) for _ in range(2))
         step = self._searching(trained, stage.weights, config.hardware)
@@ -139,13 +148,13 @@ class Bench:
         updates = (stage.epochs - stage.warmup_epochs) * (stage.controller_steps or passes)
         derived = stage.derive.samples * stage.derive.draws + stage.derive.finalists * stage.derive.final_draws
         yield Job(
-            "search",
+            name,
             "shared weights",
             weights_step,
             stage.weights.batch_size,
             stage.epochs * (own // stage.weights.batch_size),
         )
-        yield Job("search", "candidate", candidate, batch, updates * stage.rollouts + derived * passes)
+        yield Job(name, "candidate", candidate, batch, updates * stage.rollouts + derived * passes)
 
     def training(self, name: str) -> Iterator[Job]:
         """Give the step of one final training, and a faulty batch of its campaign."""
@@ -154,6 +163,8 @@ class Bench:
         assert config.train is not None and config.campaign is not None
         recipe, campaign = config.train.recipe, config.campaign
         chosen = config.train.models[model_name]
+        if self._narrow:
+            chosen = chosen.model_copy(update={"channels": 2} if chosen.genotype else {"width": 1 / 16})
         model, evaluated = (
             build(chosen, num_classes=CLASSES, in_channels=3, image_size=self._pixels, seed=0).to(self._device)
             for _ in range(2)
@@ -207,14 +218,21 @@ def variant(name: str) -> Compute:
 
 
 def measure(
-    device: torch.device, compute: Compute, runs: list[str], *, limit: float, pixels: int, batch: int | None
+    device: torch.device,
+    compute: Compute,
+    runs: list[str],
+    *,
+    limit: float,
+    pixels: int,
+    batch: int | None,
+    narrow: bool = False,
 ) -> list[dict[str, Any]]:
     """Return one row per kind of step."""
     rows = []
     for run in runs:
         with contextlib.ExitStack() as stack:
-            bench = Bench(device, compute, stack, pixels=pixels, batch=batch)
-            for job in bench.search() if run == "search" else bench.training(run):
+            bench = Bench(device, compute, stack, pixels=pixels, batch=batch, narrow=narrow)
+            for job in bench.search(run) if run in SEARCHES else bench.training(run):
                 gc.collect()
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
@@ -240,14 +258,23 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compute", nargs="+", default=["plain"], metavar="VARIANT",
                         help="plain, or channels_last, bf16, fused and graph joined by + (default: plain)")  # fmt: skip
-    parser.add_argument("--only", nargs="+", choices=["search", *TRAININGS], help="(default: all)")
+    parser.add_argument("--only", nargs="+", choices=[*SEARCHES, *TRAININGS], help="(default: all)")
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="of each kind of step, after warming up (default: 5)"
     )
     parser.add_argument("--pixels", type=int, default=32, help="of a side of the square images (default: 32)")
     parser.add_argument("--batch", type=int, help="images of every step, in place of each config's own")
+    parser.add_argument(
+        "--host",
+        action="store_true",
+        help="on a CPU, 2 images of 8x8 pixels, 2 channels (baselines: a sixteenth), and by the way that a GPU takes, "
+        "on which no value is read: what is left is mostly the host's part",
+    )
     parser.add_argument("--json", type=Path, help="file for the result, written after each variant")
     options = parser.parse_args()
+    if options.host:
+        options.device, options.pixels, options.batch = "cpu", 8, 2
+        devices.is_readable = lambda _device: False
     try:
         device, variants = torch.device(options.device), {name: variant(name) for name in options.compute}
         torch.zeros(1, device=device)
@@ -265,9 +292,9 @@ def main() -> None:
     found: dict[str, Any] = {"device": machine, "torch": torch.__version__, "pixels": options.pixels, "variants": {}}
     for name, compute in variants.items():
         print(f"{name} on {machine}")
-        runs = options.only or ["search", *TRAININGS]
+        runs = options.only or [*SEARCHES, *TRAININGS]
         found["variants"][name] = measure(device, compute, runs, limit=options.seconds,
-                                          pixels=options.pixels, batch=options.batch)  # fmt: skip
+                                          pixels=options.pixels, batch=options.batch, narrow=options.host)  # fmt: skip
         if options.json:
             options.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -240,6 +240,23 @@ def test_outside_a_training_step_weights_are_read_alone(waiting):
         assert [len(ready) for ready in read] == [0, 4] and not injection.together.ready
 
 
+def test_an_injection_that_is_entered_again_reads_what_the_layers_hold_then(waiting):
+    model, read = chain(), []
+    injection = inject(model, AdSAF(), quantization=FIXED, errors="soft", draw_on="device")
+    for _ in range(2):
+        with injection, injection.weights_shared():
+            handle = watch(model, injection, read)
+            with injection.paused():
+                answers = model(torch.ones(2, 3, 8, 8))
+            handle.remove()
+            model(torch.ones(2, 3, 8, 8))
+        with inject(model, quantization=FIXED.model_copy(update={"encoding": "sign_magnitude"})):
+            torch.testing.assert_close(answers, model(torch.ones(2, 3, 8, 8)), rtol=0, atol=0)
+        for index in (0, 1):  # another Parameter
+            model[index].weight = nn.Parameter(model[index].weight.detach() * 3)
+    assert [len(ready) for ready in read] == [4, 4]
+
+
 def test_a_step_asks_for_as_many_operations_of_weights_whatever_the_layers():
     spec = importlib.util.spec_from_file_location("count_operations", SCRIPT)
     counting = importlib.util.module_from_spec(spec)

@@ -169,7 +169,8 @@ class Injection:
 
     def _attach(self) -> None:
         root, undo = self._model, self._undo
-        undo.append(root.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True).remove)
+        begin = root.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
+        undo += [self.together.forget, begin.remove]
         if self._sees_features:
             for name, module in root.named_modules():
                 if isinstance(module, (*LAYER_TYPES, _BatchNorm)):
@@ -193,9 +194,8 @@ class Injection:
 
     def _detach(self) -> None:
         self._stop()
-        for undo in reversed(self._undo):
-            undo()
-        self._undo = []
+        while self._undo:
+            self._undo.pop()()
 
     @property
     def _sees_features(self) -> bool:

@@ -102,6 +102,10 @@ class Together:
         self._of: tuple[tuple[str, ...], Tensor] | None = None
         self.ready: dict[str, Tensor] = {}
 
+    def forget(self) -> None:
+        """Forget the weights: they may be others when the injection is entered again."""
+        self._weights = self._of = None
+
     def begin(self, names: Sequence[str], draw: int | None, shared: SharedWeights) -> None:
         """Make ``ready`` what the layers of a forward that begins will read.
 

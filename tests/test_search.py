@@ -13,6 +13,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ftnas import devices
 from ftnas.controllers import RandomConfig, RandomController
 from ftnas.data import DataConfig, load, stratified_split
 from ftnas.faults.hardware import Hardware
@@ -41,7 +42,11 @@ with RunDir.create(sys.argv[2], {}) as run:
 """
 
 
-def make_search(space, folder, *, epochs=3, **changes):
+MIBB = {"name": "mibb", "mac_error_rate": 0.003}
+ADSAF = {"name": "adsaf", "cells": "differential", "stuck_at": "max"}
+
+
+def make_search(space, folder, *, epochs=3, fault=MIBB, **changes):
     torch.set_num_threads(1)
     images = load(DataConfig(name="digits"), "train").subset(torch.arange(160))
     first, second = stratified_split(images.labels, 0.8, seed=0)
@@ -59,7 +64,7 @@ def make_search(space, folder, *, epochs=3, **changes):
     }
     return Search(
         SearchConfig.model_validate(settings),
-        hardware=Hardware.model_validate({"fault": {"name": "mibb", "mac_error_rate": 0.003}}),
+        hardware=Hardware.model_validate({"fault": fault}),
         weights_images=images.subset(first),
         controller_images=images.subset(second),
         seed=5,
@@ -153,6 +158,32 @@ def test_killed_and_resumed_equals_uninterrupted(space, tmp_path):
     with RunDir.create(tmp_path / "whole", {}) as run:
         make_search(space, run.stage("search"), epochs=epochs).run()
     assert contents(tmp_path / "cut" / "search") == contents(tmp_path / "whole" / "search")
+
+
+@pytest.mark.parametrize("fault", [MIBB, ADSAF], ids=["mibb", "adsaf"])
+def test_by_the_way_of_a_gpu_a_resumed_search_is_the_whole_one(fault, space, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "is_readable", lambda _device: False)
+    with RunDir.create(tmp_path / "whole", {}) as run:
+        make_search(space, run.stage("search"), epochs=4, fault=fault).run()
+    with RunDir.create(tmp_path / "cut", {}) as run:
+        search = make_search(space, run.stage("search"), epochs=4, fault=fault)
+        step, done = search._weights_epoch, []
+
+        def cut(epoch):
+            if epoch == 2:
+                raise KeyboardInterrupt
+            done.append(epoch)
+            return step(epoch)
+
+        search._weights_epoch = cut
+        with pytest.raises(KeyboardInterrupt):
+            search.run()
+    assert done == [0, 1]
+    with RunDir.open(tmp_path / "cut") as run:
+        make_search(space, run.stage("search"), epochs=4, fault=fault).run()
+    assert contents(tmp_path / "cut" / "search") == contents(tmp_path / "whole" / "search")
+    epochs = [json.loads(line) for line in (tmp_path / "whole" / "search" / "epochs.jsonl").read_text().splitlines()]
+    assert len(epochs) == 4 and all(epoch["hits"] > 0 for epoch in epochs)
 
 
 def test_a_checkpoint_that_does_not_fit_is_named(space, tmp_path):

@@ -81,9 +81,10 @@ class MiBB(Fault):
 @cache
 def _steps(bits: int, lo: int, hi: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return what each code of `MiBB` adds, and then the smallest and the largest word, [2 * bits + 2]."""
-    biases = [(1 - 2 * (code % 2)) * 2 ** (code // 2) for code in range(2 * bits)]
     with torch.inference_mode(False):
-        return torch.tensor([*biases, lo, hi], dtype=dtype, device=device)
+        code = torch.arange(2 * bits, device=device)
+        ends = [torch.full((1,), end, device=device) for end in (lo, hi)]  # nothing is copied there, which would wait
+        return torch.cat([(1 - 2 * (code & 1)) << (code >> 1), *ends]).to(dtype)
 
 
 @FAULTS.register("feature_bit_flip")

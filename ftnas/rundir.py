@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 KIND = "ftnas run"
-_OWN = (".lock", "config.yaml", "run.json", "events.jsonl")
+_LOCK = ".lock"
+_OWN = (_LOCK, "config.yaml", "run.json", "events.jsonl")
 """What every run begins with."""
 SCHEMA = 1
 _LOCK_PATIENCE_S = 0.5  # what a killed run had just started may hold its files for a moment longer
@@ -172,6 +173,7 @@ class RunDir(Folder):
         path = Path(path).expanduser()
         target = path.resolve()
         try:
+            version = code_version()  # before the lock: a git process must not inherit it
             old = _occupied(target, path)
             if old and not _is_run(target):
                 raise ValueError(f"{path} holds files and no run of ours, so it is left alone; choose another place")
@@ -180,23 +182,24 @@ class RunDir(Folder):
                     f"run folder {path} exists already; continue it with --resume {quoted(path)} or replace it with "
                     "--overwrite"
                 )
-            version = code_version()  # before the lock: a git process must not inherit it
             with contextlib.ExitStack() as undo:
                 # An empty folder is filled in place: it may be a mount point, in a parent that is not ours.
                 fresh = target if target.is_dir() and not old else _sibling(target, "new")
-                for name in _OWN[:3]:
-                    undo.callback((fresh / name).unlink, missing_ok=True)
                 fresh.mkdir(parents=True, exist_ok=True)
                 if fresh != target:
                     undo.callback(shutil.rmtree, fresh, ignore_errors=True)
                 lock = _take_lock(fresh, path)
                 undo.callback(lock.release)
+                if any(entry.name != _LOCK for entry in fresh.iterdir()):
+                    raise _taken(path)
+                for name in _OWN[:3]:
+                    undo.callback((fresh / name).unlink, missing_ok=True)
                 _describe(fresh, config, version)
                 replaced = None
                 if old:
                     replaced = _swap(fresh, target, path)
                 elif fresh != target:
-                    os.rename(fresh, target)
+                    _move(fresh, target, path)
                 undo.pop_all()
         except OSError as error:
             _refuse(path, error)
@@ -344,6 +347,20 @@ def _swap(fresh: Path, target: Path, shown: Path) -> Path:
         lock.release()
 
 
+def _move(fresh: Path, target: Path, shown: Path) -> None:
+    """Put ``fresh`` where nothing was; InUseError where another process has put a run there meanwhile."""
+    try:
+        os.rename(fresh, target)
+    except OSError:
+        if _is_run(target):
+            raise _taken(shown) from None
+        raise
+
+
+def _taken(shown: Path) -> InUseError:
+    return InUseError(f"run folder {shown} was made by another process just now; wait for it, or choose another place")
+
+
 def _occupied(target: Path, shown: Path) -> bool:
     """Tell whether there is a folder with something in it; ValueError for a file."""
     if target.exists() and not target.is_dir():
@@ -359,7 +376,7 @@ def _take_lock(folder: Path, shown: Path) -> Lock:
     deadline = time.monotonic() + _LOCK_PATIENCE_S
     while True:
         try:
-            return Lock(folder / ".lock")
+            return Lock(folder / _LOCK)
         except BlockingIOError:
             if time.monotonic() < deadline:
                 time.sleep(0.05)

@@ -569,3 +569,18 @@ def test_dry_run_prints_runs_of_the_papers_size_and_runs_nothing(capsys, tmp_pat
     lines = out.splitlines()
     assert len(lines) == len(read_study("table5").rows) and all("to be trained" in line for line in lines)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_another_process_has_just_made_is_opened(tmp_path, monkeypatch):
+    create = jobs.RunDir.create
+
+    def late(path, plain):
+        create(path, {"seed": 1}).close()
+        raise ValueError("run folder exists already")
+
+    monkeypatch.setattr(jobs.RunDir, "create", late)
+    with jobs._opened(tmp_path / "run", {"seed": 2}) as run:
+        assert run.config == {"seed": 1}
+    monkeypatch.setattr(jobs.RunDir, "create", lambda *_: (_ for _ in ()).throw(ValueError("no room")))
+    with pytest.raises(ValueError, match="no room"), jobs._opened(tmp_path / "other", {}):
+        pass

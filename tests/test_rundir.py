@@ -1,6 +1,8 @@
+import contextlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from ftnas import rundir
 from ftnas.rundir import RunDir, _commit, code_version
 from ftnas.storage import Journal, Lock, atomic_write, read_journal
 
@@ -310,6 +313,40 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     assert [item.name for item in tmp_path.iterdir()] == ["run"]
     run.close()
     assert os.waitpid(in_child(lambda: RunDir.open(run.path).close()), 0)[1] == 0
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("empty", [True, False])
+@pytest.mark.parametrize("moment", ["code_version", "_sibling", "_take_lock", "_describe"])
+def test_a_run_that_another_process_makes_meanwhile_stays_whole(
+    moment: str, empty: bool, held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / "run", getattr(rundir, moment)
+    others: list[RunDir] = []
+    if empty:
+        path.mkdir()
+
+    def meanwhile(*args: object) -> object:
+        monkeypatch.undo()
+        with contextlib.suppress(ValueError):  # ours may hold the empty folder already
+            others.append(RunDir.create(path, {"seed": 7}))
+            if not held:
+                others[0].close()
+        return real(*args)
+
+    monkeypatch.setattr(rundir, moment, meanwhile)
+    try:
+        run = RunDir.create(path, CONFIG)
+    except ValueError as error:
+        assert re.search("exists already|by another process", str(error)) and "\n" not in str(error)
+        assert others and others[0].config == {"seed": 7} and others[0].info
+    else:
+        assert not others and run.config == CONFIG
+        run.close()
+    assert [item.name for item in tmp_path.iterdir()] == ["run"]
+    for other in others:
+        other.close()
+    RunDir.open(path).close()
 
 
 def test_a_forked_worker_does_not_keep_the_lock(tmp_path: Path) -> None:

@@ -297,8 +297,18 @@ def cost(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _opened(path: Path, plain: dict[str, Any]) -> Iterator[RunDir]:
-    with RunDir.open(path) if (path / "run.json").exists() else RunDir.create(path, plain) as run:
+    with _open_or_create(path, plain) as run:
         yield run
+
+
+def _open_or_create(path: Path, plain: dict[str, Any]) -> RunDir:
+    if not (path / "run.json").exists():
+        try:
+            return RunDir.create(path, plain)
+        except ValueError:
+            if not (path / "run.json").exists():  # else another process made it between the two
+                raise
+    return RunDir.open(path)
 
 
 @contextmanager

@@ -43,6 +43,8 @@ from ftnas.space import Genotype, Supernet, load_space
 from ftnas.train import FaultTolerantLoss, descend, gradients_by, move
 
 IMAGES, CLASSES = 50_000, 10
+PATHS = 6
+"""Random genotypes whose steps are measured in turn."""
 SEARCHES = {"search": "w-ftt-nas-cifar10", "search, MiBB": "f-ftt-nas-cifar10"}
 TRAININGS = {
     "W-FTT-Net-20": ("train-w-ftt-net-adsaf", "w-ftt-net-20"),
@@ -136,11 +138,14 @@ class Bench:
         batch = stage.controller_batch or stage.weights.batch_size
         images, labels = self._batch(batch)
 
+        paths = [Genotype.random(space, generator=generator(number, "bench-device")) for number in range(PATHS)]
+        to_train, to_score = itertools.cycle(paths), itertools.cycle(paths)
+
         def weights_step() -> None:
-            step(partial(trained, genotype=Genotype.random(space, generator=self._stream)))
+            step(partial(trained, genotype=next(to_train)))
 
         def candidate() -> None:
-            forward = partial(scored, genotype=Genotype.random(space, generator=self._stream))
+            forward = partial(scored, genotype=next(to_score))
             score(forward, injection, [(images, labels)], alpha_r=stage.alpha_r, first_draw=injection.draw)
 
         own = int(IMAGES * stage.split)
@@ -183,8 +188,8 @@ class Bench:
         yield Job(name, "campaign", evaluation, campaign.batch_size, points * (10_000 // campaign.batch_size))
 
 
-def seconds_of(job: Job, device: torch.device, *, limit: float) -> list[float]:
-    """Return the seconds of single steps, after some that warm up, for about ``limit`` seconds.
+def seconds_of(job: Job, device: torch.device, *, limit: float, least: int) -> list[float]:
+    """Return the seconds of ``least`` single steps or more, after some that warm up, for about ``limit`` seconds.
 
     On a CPU these are seconds of the process, one thread, so that other work on the machine counts little.
     """
@@ -193,7 +198,7 @@ def seconds_of(job: Job, device: torch.device, *, limit: float) -> list[float]:
         job.step()
     found: list[float] = []
     end = time.perf_counter() + limit
-    while len(found) < 3 or time.perf_counter() < end:
+    while len(found) < least or time.perf_counter() < end:
         wait(device)
         start = clock()
         job.step()
@@ -237,9 +242,11 @@ def measure(
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
                 start = time.perf_counter()
-                seconds = seconds_of(job, device, limit=limit)
+                seconds = seconds_of(job, device, limit=limit, least=2 * PATHS if narrow else 3)
                 whole = time.perf_counter() - start
                 median = statistics.median(seconds)
+                if narrow:  # the host's part is what the quickest of a path's steps takes
+                    median = statistics.mean(min(seconds[number::PATHS]) for number in range(PATHS))
                 images = batch or job.images
                 row = {"run": job.run, "step": job.name, "images": images, "measured_steps": len(seconds),
                        "ms": 1e3 * median, "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds),

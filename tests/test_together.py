@@ -240,6 +240,21 @@ def test_outside_a_training_step_weights_are_read_alone(waiting):
         assert [len(ready) for ready in read] == [0, 4] and not injection.together.ready
 
 
+def test_hits_are_those_of_their_layers_when_other_weights_are_read_together_later(waiting):
+    model = chain()
+    injection = inject(model, AdSAF(), quantization=FIXED, errors="soft", draw_on="device")
+    hits = dict.fromkeys("0123", 0)
+    for limited in (None, "1"):  # a layer in the middle is read alone the second time
+        if limited is not None:
+            bound(model, weights=WeightBound(value={limited: 0.1}))
+        with injection, injection.weights_shared():
+            model(torch.ones(2, 3, 8, 8))
+            for (_, layer, _), plan in injection.plans().plans.items():
+                hits[layer] += len(plan.compact().sites)
+    counted = injection.record.faults[0].layers
+    assert {name: counted[name].hits for name in hits} == hits and min(hits.values()) > 0
+
+
 def test_an_injection_that_is_entered_again_reads_what_the_layers_hold_then(waiting):
     model, read = chain(), []
     injection = inject(model, AdSAF(), quantization=FIXED, errors="soft", draw_on="device")

@@ -159,7 +159,7 @@ class Together:
             ):
                 found[name] = weight
         if found:
-            self._numbers = torch.arange(len(found), device=next(iter(found.values())).device).unbind()
+            self._numbers = torch.arange(len(self._layers), device=next(iter(found.values())).device).unbind()
         return found
 
     def _round(self, row: Row, form: FixedPoint) -> Rounded:
@@ -184,13 +184,13 @@ class Together:
             key = (placed.number, name, 0)
             if key not in self._drawing.sites:
                 self._drawing.sites[key] = weight_site(name, self._layers[name], weight, form)
-        self._tally.add_row(placed.number, row.names, row.sizes, plan, self._numbers_of(row), self._weights or {})
+        self._tally.add_row(placed.number, row.names, row.sizes, plan, self._numbers_of(row), self._layers)
         return out, mark(out, plan.values_hit(), None) if self._mask else None
 
     def _numbers_of(self, row: Row) -> Tensor:
-        """Return the number of the layer of each value, int64 [N]: its place among all that are read together."""
+        """Return the number of the layer of each value, int64 [N]: its place among the model's layers."""
         if self._of is None or self._of[0] != row.names:
-            places = {name: number for name, number in zip(self._weights or {}, self._numbers, strict=True)}
+            places = dict(zip(self._layers, self._numbers, strict=True))
             self._of = row.names, row.spread(torch.stack([places[name] for name in row.names]))
         return self._of[1]
 

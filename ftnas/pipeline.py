@@ -269,7 +269,7 @@ def _say_unreached(recipe: SgdConfig, epochs: int, *, where: str) -> None:
     marks = recipe.schedule.unreached(epochs) if isinstance(recipe.schedule, StepSchedule) else ()
     if marks:
         late = ", ".join(map(str, marks))
-        say(f"warning: {where}.schedule.milestones: {epochs} epochs end before {late} can have an effect")
+        say(f"warning: {where}.schedule.milestones: epochs={epochs} ends before {late} can have an effect")
 
 
 def pick_device(name: str) -> torch.device:

@@ -37,7 +37,7 @@ def test_milestones_that_no_epoch_comes_after_are_told(tmp_path, capsys):
     schedule = "train.recipe.schedule={name: step, milestones: [1, 2, 40]}"
     command = ["train", "quickstart", *TRAIN, schedule, "--out"]
     assert ftnas(*command, tmp_path / "short", "train.recipe.epochs=2") == 0
-    warning = "train.recipe.schedule.milestones: 2 epochs end before 2, 40 can have an effect"
+    warning = "train.recipe.schedule.milestones: epochs=2 ends before 2, 40 can have an effect"
     assert capsys.readouterr().err.count(warning) == 1
     assert ftnas(*command, tmp_path / "long", "train.recipe.schedule.milestones=[1]", "train.recipe.epochs=2") == 0
     assert "milestones" not in capsys.readouterr().err
@@ -47,7 +47,7 @@ def test_a_search_tells_such_milestones_too(tmp_path, capsys):
     schedule = "search.weights.schedule={name: step, milestones: [1, 2]}"
     small = ["control=null", "train=null", "campaign=null", "search.epochs=2", "search.warmup_epochs=1", "threads=1"]
     assert ftnas("search", "quickstart", *small, schedule, "search.derive.samples=5", "--out", tmp_path / "run") == 0
-    warning = "search.weights.schedule.milestones: 2 epochs end before 2 can have an effect"
+    warning = "search.weights.schedule.milestones: epochs=2 ends before 2 can have an effect"
     assert capsys.readouterr().err.count(warning) == 1
 
 

@@ -172,18 +172,42 @@ def bounds_command(pipeline: Pipeline) -> None:
 @cli.command("verify")
 @click.argument("certificate", type=click.Path(path_type=Path))
 @click.argument("model", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.option("--config", help="For images.json: the config that it was made by, such as RUN/config.yaml.")
 @click.option("--allow-factory", is_flag=True, help="The model file is your own and may import what it names.")
-def verify_command(certificate: Path, model: Path, allow_factory: bool) -> None:
-    """Check a CERTIFICATE (certificate.json of `ftnas bounds`) against a MODEL file.
+def verify_command(
+    certificate: Path, model: Path, overrides: tuple[str, ...], config: str | None, allow_factory: bool
+) -> None:
+    """Check a CERTIFICATE of `ftnas bounds` against a MODEL file.
 
-    What its failures can do is computed again.
-    """
+    What its failures can do is computed again. certificate.json is about every image there can be, images.json about
+    the test images of a config, some of whose settings may be others here.
+
+    \b
+    Examples:
+      ftnas verify certificate.json model.pt
+      ftnas verify images.json model.pt --config runs/third/config.yaml data.root=~/images
+    """  # noqa: D301 - click reads the backspace as "do not wrap"
     from ftnas.bounds import read_certificate, verify
     from ftnas.models import load_model
 
+    if overrides and config is None:
+        raise ValueError(f"{overrides[0]} changes a config, and none is given; add --config or remove it")
     claim = read_certificate(certificate)
-    verify(claim, load_model(model, allow_factory=allow_factory)[0])
-    click.echo(f"holds: {sum(claim.counts)} failures in {len(claim.layers)} layers, error at most {claim.bound:.6g}")
+    of_images = claim.domain.kind == "samples"
+    if of_images and config is None:
+        raise ValueError(f"{certificate} is about images; name the config it was made by: --config RUN/config.yaml")
+    if config is not None and not of_images:
+        raise ValueError(f"{certificate} is about every image there can be; remove --config: it has no effect")
+    inputs = None
+    if config is not None:
+        from ftnas.config import read_config
+        from ftnas.pipeline import bounded_images
+
+        images = bounded_images(read_config(config, overrides))
+        inputs, _ = next(images.batches(images.num_images))
+    verify(claim, load_model(model, allow_factory=allow_factory)[0], inputs)
+    click.echo(f"holds: {claim.summary()}")
 
 
 @cli.command("report")

@@ -160,7 +160,7 @@ class Pipeline:
         config = self.config.bounds
         if config is None:
             raise ValueError(f"the config {self.config.name!r} has no bounds section")
-        images = _some(self._test_images(), config.images)
+        images = bounded_images(self.config, self._test_images())
         seed = seed_for(self.config.seed, "bounds")
         return run_tolerance(list(self._subjects()), images, config=config, seed=seed, folder=self.run)
 
@@ -295,6 +295,17 @@ def _from_factory(given: GivenModel, *, num_classes: int, in_channels: int) -> n
         raise ValueError(f"{given.checkpoint}: does not fit {given.factory!r}: {problem}") from None
     check_state(network.state_dict(), network.state_dict(), where=given.checkpoint)
     return network
+
+
+def bounded_images(config: RunConfig, images: ImageSet | None = None) -> ImageSet:
+    """Return the images that the bounds of a config are about, of the test images (None: loaded, on the CPU).
+
+    Raises:
+        ValueError: The config has no bounds, or the dataset is missing or unreadable.
+    """
+    if config.bounds is None:
+        raise ValueError(f"the config {config.name!r} has no bounds section")
+    return _some(load(config.data, "test") if images is None else images, config.bounds.images)
 
 
 def _some(images: ImageSet, number: int | None) -> ImageSet:

@@ -221,7 +221,7 @@ def test_files_are_read_as_they_were_written(tmp_path):
         write_certificate(tmp_path / f"{number}.json", made)
         again = read_certificate(tmp_path / f"{number}.json")
         assert again == made
-        verify(again, model, x)
+        verify(again, model, x if again.domain.kind == "samples" else None)
 
 
 def tampered(tmp_path, change, *, seal):
@@ -341,6 +341,8 @@ def test_a_changed_model_or_other_samples_fail():
         verify(samples, model, x + 1.0)
     with pytest.raises(ValueError, match="about samples, and none are given"):
         verify(samples, model)
+    with pytest.raises(ValueError, match="about every input of a box, and samples are given"):
+        verify(box, model, x)
     with torch.no_grad():
         model[0].weight[0, 0] += 1e-3
     for certificate in (box, samples):

@@ -94,10 +94,30 @@ def test_a_certificate_is_verified_on_the_command_line(run, capsys):
     assert ftnas("verify", folder / "certificate.json", model, "--allow-factory") == 0
     assert "holds: " in capsys.readouterr().out
     assert ftnas("verify", folder / "certificate.json", model) == 2
-    assert ftnas("verify", folder / "images.json", model, "--allow-factory") == 2
     error = capsys.readouterr().err
-    assert "ftnas verify: --allow-factory" in error
-    assert "about samples, and none are given" in error and error.count("\n") == 2
+    assert "ftnas verify: --allow-factory" in error and error.count("\n") == 1
+
+
+def test_a_certificate_of_images_is_verified_with_the_config_that_names_them(run, tmp_path, capsys):
+    claim = run / "bounds" / "perceptron" / "seed-0" / "images.json"
+    given = ("verify", claim, run / "train" / "model.pt", "--allow-factory")
+    assert ftnas(*given, "--config", run / "config.yaml") == 0
+    certified = len(read_certificate(claim).domain.certified)
+    assert capsys.readouterr().out.endswith(f"the answers of {certified} of 12 samples stay\n")
+    assert 6 <= certified <= 12
+    for wrong, told in {
+        (): "name the config it was made by",
+        ("bounds.images=11",): "bounds.images=11 changes a config, and none is given",
+        ("--config", run / "config.yaml", "bounds.images=11"): "about other samples than those given",
+        ("--config", run / "config.yaml", "bounds=null"): "has no bounds section",
+        ("--config", "quickstart"): "has no bounds section",
+        ("--config", tmp_path / "none.yaml"): "none.yaml",
+    }.items():
+        assert ftnas(*given, *wrong) == 2, wrong
+        error = capsys.readouterr().err
+        assert told in error and error.count("\n") == 1, error
+    assert ftnas(*given[:1], claim.with_name("certificate.json"), *given[2:], "--config", run / "config.yaml") == 2
+    assert "remove --config: it has no effect" in capsys.readouterr().err
 
 
 def test_finished_numbers_are_kept(run, capsys):

@@ -121,6 +121,13 @@ class Certificate(Settings):
         """Return the failures of each layer."""
         return [layer.failures for layer in self.layers]
 
+    def summary(self) -> str:
+        """Return the statement in a few words."""
+        failures = f"{sum(self.counts)} failures in {len(self.layers)} layers"
+        if isinstance(self.domain, BoxOfInputs):
+            return f"{failures}, error at most {self.bound:.6g}"
+        return f"{failures}, the answers of {len(self.domain.certified)} of {self.domain.number} samples stay"
+
 
 def certify(
     model: nn.Module,
@@ -212,7 +219,7 @@ def verify(certificate: Certificate, model: nn.Module, inputs: Tensor | None = N
     Args:
         certificate: What is claimed.
         model: What it is claimed of.
-        inputs: The samples, of a certificate over samples.
+        inputs: The samples, of a certificate over samples; None for one over a box.
 
     Raises:
         ValueError: One line: what does not hold.
@@ -222,9 +229,7 @@ def verify(certificate: Certificate, model: nn.Module, inputs: Tensor | None = N
         raise ValueError("the certificate is of another model: the digests of structure and weights differ")
     if isinstance(certificate.domain, Samples):
         if inputs is None:
-            raise ValueError(
-                "the certificate is about samples, and none are given; verify(..., inputs) in Python takes them"
-            )
+            raise ValueError("the certificate is about samples, and none are given; give them as inputs")
         if _digest_of(inputs) != certificate.domain.digest:
             raise ValueError("the certificate is about other samples than those given; their digests differ")
         if len(inputs) != certificate.domain.number:
@@ -238,6 +243,8 @@ def verify(certificate: Certificate, model: nn.Module, inputs: Tensor | None = N
             raise ValueError(f"sample {lost[0]} is not certified under these failures: its margin can be used up")
         bound, limit = _used(costs, certificate.counts, budgets, kept), 1.0
     else:
+        if inputs is not None:
+            raise ValueError("the certificate is about every input of a box, and samples are given; leave them out")
         costs = _box_costs(summary, certificate.domain, certificate.failures)
         _check_layers(certificate, costs)
         bound, limit = float(total(costs, certificate.counts).amax()), certificate.budget or 0.0

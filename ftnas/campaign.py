@@ -36,7 +36,8 @@ class SweepConfig(Settings):
     Attributes:
         fault: The fault model; its own rate gives the shares that the sweep keeps (SAF0 to SAF1).
         name: What records and tables call the sweep; the fault model's name when left out.
-        also: Further fault models in the same injection, at their own rates, at all rates above 0.
+        also: Further fault models in the same injection, at their own rates, at all rates above 0. At rate 0 nothing
+            fails, and the number formats that they bring along stay.
         rates: Rates (or sigmas) above 0; the fault-free hardware is always measured too.
     """
 
@@ -262,7 +263,8 @@ class Measure:
     def __call__(self, point: Point) -> dict[str, Any]:
         """Return the record of a point."""
         sweep = point.sweep
-        under = self.hardware.with_fault(sweep.fault, *(sweep.also if point.rate else ())).with_rate(point.rate)
+        under = self.hardware.with_fault(sweep.fault, *sweep.also)
+        under = under.with_rate(point.rate) if point.rate else under.at_rest()
         device_seed = seed_for(self.seed, "device", point.device or 0)
         with under.inject(self.model, seed=device_seed, errors=self.config.errors) as injection:
             found = answers(self.model, self.images.get().batches(self.config.batch_size))

@@ -68,7 +68,16 @@ def _kendall(x: Array, y: Array, weights: Array) -> Array:
 def _pearson(x: Array, y: Array, weights: Array) -> Array:
     share = weights / weights.sum(axis=1, keepdims=True)
     a, b = (side - (share @ side)[:, None] for side in (x, y))
-    return _ratio((share * a * b).sum(axis=1), (share * a * a).sum(axis=1) * (share * b * b).sum(axis=1))
+    # told by the values themselves: around a mean that is rounded, equal ones vary too
+    varies = _varies(x, weights) & _varies(y, weights)
+    square = (share * a * a).sum(axis=1) * (share * b * b).sum(axis=1)
+    return _ratio((share * a * b).sum(axis=1), np.where(varies, square, 0.0))
+
+
+def _varies(side: Array, weights: Array) -> NDArray[np.bool_]:
+    """Tell in which resamples there are two values: [n], [resamples, n] to [resamples]."""
+    there = weights > 0
+    return np.where(there, side, -np.inf).max(axis=1) > np.where(there, side, np.inf).min(axis=1)
 
 
 def _ratio(numerator: Array, square: Array) -> Array:

@@ -34,7 +34,7 @@ class DeriveConfig(Settings):
         finalists: How many of the best are scored again.
         final_draws: Fault draws per image for each finalist.
         train_epochs: Epochs of fault-tolerant training from scratch that each finalist gets on the weights split
-            before it is scored again; 0 scores finalists with the shared weights.
+            before it is scored again; 0 scores finalists with the shared weights. One whose training fails scores 0.
     """
 
     samples: Count = 50
@@ -88,6 +88,9 @@ def derive(
         seed: Of fault draws and of the finalists' trainings.
         folder: Where the files go.
         title: Name on the progress bar.
+
+    Raises:
+        RuntimeError: Every finalist failed, or is wrong on every image.
     """
     sampled = _distinct(controller, config.samples)
     rank = _Scorer(candidates, hardware, controller_images, alpha_r, batch_size, seed)
@@ -103,8 +106,13 @@ def derive(
             stage = folder.stage(f"finalists/{place}")
             model = _untrained(genotype, supernet, limits, weights_images, seed)
             name = f"{title}: {place + 1}"
-            fit(model, weights_images, config=recipe, hardware=hardware, seed=seed, folder=stage, title=name)
-            again.append(rank.trained(model, config.final_draws))
+            try:
+                fit(model, weights_images, config=recipe, hardware=hardware, seed=seed, folder=stage, title=name)
+                again.append(rank.trained(model, config.final_draws))
+            except RuntimeError as error:  # one that diverges is no reason to lose the others
+                say(f"warning: finalist {place + 1} failed and scores 0: {error}")
+                folder.events("finalist_failed", reason=str(error), genotype=genotype.to_dict())
+                again.append(Score(clean=0.0, faulty=0.0, reward=0.0))
     else:
         again = rank.shared(best, config.final_draws, "final")
     finals = [(genotype, first, final) for (genotype, first), final in zip(ranked, again, strict=False)]

@@ -307,7 +307,7 @@ def _model(name: str, group: list[Record]) -> Model:
 
 
 def _gaps(points: dict[tuple[str, str, float], dict[tuple[int, int | None], Record]]) -> list[str]:
-    """Tell where some models have fewer devices or rates than others: the grid may not be finished."""
+    """Tell where some models have fewer devices or rates than others: not finished, or precise enough with them."""
     notes = []
     names = list(dict.fromkeys(name for _, name, _ in points))
     for fault, rate in dict.fromkeys((fault, rate) for fault, _, rate in points):
@@ -315,7 +315,7 @@ def _gaps(points: dict[tuple[str, str, float], dict[tuple[int, int | None], Reco
         seeds = {name: len({seed for f, n, r in points if n == name for seed, _ in points[f, n, r]}) for name in names}
         short = [name for name in names if counts[name] / seeds[name] < max(counts[n] / seeds[n] for n in names)]
         if short:
-            notes.append(f"{fault}, rate {rate:g}: not all devices were measured for {', '.join(short)}.")
+            notes.append(f"{fault}, rate {rate:g}: fewer devices were measured for {', '.join(short)} than for others.")
     for what, field_name in (("weights", "nan_zeroed"), ("features", "features_zeroed")):
         for name in names:
             count = sum(getattr(r, field_name) for p in points if p[1] == name for r in points[p].values())

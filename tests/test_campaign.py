@@ -139,6 +139,19 @@ def test_a_sweep_may_hold_several_faults_and_have_a_name(images, tmp_path):
     assert all(hits[("both", *key[1:])] > value for key, value in hits.items() if key[0] == "mibb" and key[1])
 
 
+def test_formats_of_further_faults_stay_at_rate_0(images, tmp_path):
+    """What a fault's words cost is no loss under faults: q1.1 holds -2 to 1.5 in steps of a half."""
+    words = {"name": "weight_bit_flip", "bit_error_rate": 0.0, "dtype": "q1.1"}
+    sweeps = [{"fault": {"name": "mibb", "mac_error_rate": 1e-9}, "rates": [1e-12], "name": "both", "also": [words]}]
+    config = CampaignConfig(sweeps=sweeps, devices=1, batch_size=50)
+    with RunDir.create(tmp_path / "run", {}) as folder:
+        without, under = run_campaign(
+            [subject("a")], images, config=config, hardware=Hardware(layers=None), seed=0, folder=folder
+        )
+    assert (without["rate"], under["hits"]) == (0.0, 0)
+    assert without["correct"] == under["correct"]
+
+
 def test_nan_that_a_model_reads_as_zero_are_counted(images, tmp_path):
     sweeps = [{"fault": {"name": "weight_bit_flip", "bit_error_rate": 0, "dtype": "fp16"}, "rates": [0.4]}]
     config = CampaignConfig(sweeps=sweeps, devices=5, batch_size=50)

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,6 +22,7 @@ from ftnas.bounds import (
     read_certificate,
     summarize,
     tolerances,
+    total,
     verify,
     write_certificate,
 )
@@ -111,6 +114,19 @@ def test_even_shares():
         return sum(cost.at(torch.tensor([n]))[:, 0] for cost, n in zip(costs, (step, step // 2), strict=True))
 
     assert (used(found.counts[0]) <= budgets).all() and not (used(found.counts[0] + 1) <= budgets).all()
+
+
+def test_even_shares_of_any_sizes_against_enumeration():
+    """Layers whose sizes do not divide one another: the largest share may lie between two of the largest layer's."""
+    random = np.random.default_rng(0)
+    for case in range(60):
+        sizes = random.integers(2, 10, size=random.integers(2, 4)).tolist()
+        costs = random_costs(sizes, seed=case)
+        budgets = torch.full((3,), float(random.uniform(0.5, 4.0)), dtype=torch.float64)
+        shares = sorted({Fraction(j, n) for n in sizes for j in range(n + 1)})
+        counts = [tuple(int(share * size) for size in sizes) for share in shares]
+        fitting = [each for each in counts if (total(costs, each) <= budgets).all()]
+        assert even(costs, budgets).counts == fitting[-1]
 
 
 def test_no_budget_tolerates_what_costs_nothing_alone():

@@ -102,6 +102,20 @@ def test_a_resumed_controller_equals_one_that_never_stopped(config):
     assert_equal(straight.state_dict(), resumed.state_dict())
 
 
+def test_a_state_may_be_loaded_twice(config):
+    """A controller that goes on from a state leaves the state as it is."""
+    space = make_space()
+    controller = create_controller(config, space, seed=5)
+    play(controller, 4)
+    state = controller.state_dict()
+    first, second = (create_controller(config, space, seed=seed) for seed in (1, 2))
+    first.load_state_dict(state)
+    played = play(first, 5)
+    second.load_state_dict(state)
+    assert play(second, 5) == played
+    assert_equal(first.state_dict(), second.state_dict())
+
+
 def assert_equal(left, right):
     if isinstance(left, dict):
         assert left.keys() == right.keys()

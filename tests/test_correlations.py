@@ -35,6 +35,17 @@ def test_ties_are_counted_as_scipy_counts_them():
     assert correlation_interval(a, b, resamples=100).mean == pytest.approx(stats.kendalltau(a, b).statistic)
 
 
+def test_resamples_of_equal_values_are_left_out():
+    """Against a bootstrap in a loop. The mean of equal values is rounded, so that they differ from it by a little."""
+    a, b = np.array([0.1, 0.1, 0.1, 0.1, 0.1, 0.9, 0.8]), np.array([0.1, 0.2, 0.15, 0.1, 0.3, 0.9, 0.7])
+    drawn = np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), size=2000)
+    indices = [np.repeat(np.arange(7), times) for times in drawn]
+    varied = [np.corrcoef(a[i], b[i])[0, 1] for i in indices if np.ptp(a[i]) > 0 and np.ptp(b[i]) > 0]
+    assert len(varied) < 1900
+    found = correlation_interval(a, b, kind="pearson")
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(varied, [0.025, 0.975])))
+
+
 def test_perfect_order_has_no_spread():
     found = correlation_interval([1.0, 2.0, 3.0, 4.0], [1.0, 4.0, 9.0, 16.0], resamples=100)
     assert (found.mean, found.low, found.high) == pytest.approx((1.0, 1.0, 1.0))

@@ -1,5 +1,7 @@
 """Bytes of hyperconnections, subsets of skips within a budget, and the search among them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import yaml
@@ -13,10 +15,17 @@ from ftnas.controllers import EvolutionConfig, RandomConfig, ReinforceConfig, cr
 from ftnas.nodes import Failout, Node, Partition, Skip, SplitNetwork, searching
 from ftnas.nodes.bandwidth import SkipSubsets, expected_bytes, link_bytes
 from ftnas.nodes.searching import SharedFit, run_search
-from ftnas.nodes.study import Variant, open_study, read_nodes_config
+from ftnas.nodes.study import SkipSearch, Variant, open_study, read_nodes_config
 
 SKIPS = tuple(Skip(source=s, to=t) for s, t in [("input", "b"), ("input", "c"), ("a", "c"), ("a", "d"), ("b", "d")])
-SPACE = SkipSubsets(SKIPS, costs=[1.0, 2.0, 3.0, 4.0, 5.0], budget=8.0)
+COSTS = dict(zip(SKIPS, [1.0, 2.0, 3.0, 4.0, 5.0], strict=True))
+
+
+def total_of(subset):
+    return sum(COSTS[skip] for skip in subset)
+
+
+SPACE = SkipSubsets(SKIPS, cost=total_of, budget=8.0)
 SEARCH = {
     "search": {"setting": "normal", "budget": 300, "failout": {"rate": 0.2}, "trials": 6, "exhaustive": True},
     "selection": {"share": 0.25, "setting": "normal"},
@@ -43,6 +52,27 @@ def test_bytes_by_hand():
         network = chain(mode).train()
         assert list(expected_bytes(network, failure_rates=rates).values()) == pytest.approx(on_failure)
         assert network.training
+
+
+def test_a_subset_costs_what_it_carries_itself():
+    """Whether a skip's source has anything to send depends on the other skips that are kept."""
+    nodes = [Node(name=f"n{i}", blocks=(i - 1,), to=f"n{i + 1}" if i < 4 else None) for i in range(1, 5)]
+    first, second = Skip(source="input", to="n2"), Skip(source="n2", to="n4")
+    partition = Partition(nodes=tuple(nodes), skips=(first, second))
+    blocks = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    network = SplitNetwork(blocks, partition=partition, shape=(4,), mode="on_failure").train()
+    rates = {"n1": 0.4, "n2": 0.3, "n3": 0.3, "n4": 0.0}
+    config = SimpleNamespace(rates={"poor": rates})
+    search = SkipSearch(setting="poor", budget=10.0, counted="expected", failout=Failout(rate=0.1))
+    space = searching.subsets(search, network, config)
+    # 16 bytes: input -> n2 while n1 is down and n2 lives; n2 -> n4 while n3 is down, n2 lives and something feeds it
+    assert space.cost((first,)) == pytest.approx(16 * 0.4 * 0.7)
+    assert space.cost((second,)) == pytest.approx(16 * 0.3 * 0.7 * 0.6)
+    assert space.cost((first, second)) == pytest.approx(16 * 0.4 * 0.7 + 16 * 0.3 * 0.7)
+    assert len(space.all()) == 4 and space.cost(()) == 0.0
+    assert network.training and network.absent == frozenset()
+    reserved = searching.subsets(search.model_copy(update={"counted": "reserved", "budget": 16.0}), network, config)
+    assert [reserved.cost(subset) for subset in reserved.all()] == [0, 16, 16]
 
 
 def test_subsets_stay_within_the_budget_and_all_can_be_drawn():
@@ -72,7 +102,7 @@ def test_controllers_choose_subsets_and_go_on_from_a_state(config):
     with pytest.raises(ValueError, match="above the budget"):
         first.tell([SKIPS], [1.0])
     with pytest.raises(ValueError, match="controller state: budget must be 9.0, got 8.0"):
-        other = SkipSubsets(SKIPS, costs=SPACE.costs, budget=9.0)
+        other = SkipSubsets(SKIPS, cost=total_of, budget=9.0)
         create_controller(config, other, seed=3).load_state_dict(first.state_dict())
 
 
@@ -92,7 +122,7 @@ def test_reinforce_and_impossible_budgets_are_refused():
     with pytest.raises(ValueError, match="decides on cells only"):
         create_controller(ReinforceConfig(), SPACE, seed=0)
     with pytest.raises(ValueError, match="the cheapest skip costs 1 bytes"):
-        SkipSubsets(SKIPS, costs=SPACE.costs, budget=0.5)
+        SkipSubsets(SKIPS, cost=total_of, budget=0.5)
     for decisions in ([1, 0], [2, 0, 0, 0, 0]):
         with pytest.raises(ValueError, match="0 or 1 for each of 5"):
             SPACE.from_decisions(decisions)

@@ -13,6 +13,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ftnas import derive as derive_module
 from ftnas import devices
 from ftnas.controllers import RandomConfig, RandomController
 from ftnas.data import DataConfig, load, stratified_split
@@ -137,6 +138,27 @@ def test_finalists_can_be_trained_before_the_choice(space, tmp_path):
     with RunDir.create(tmp_path / "run", {}) as run:
         make_search(space, run.stage("search"), epochs=2, derive=derive).run()
     assert (tmp_path / "run" / "search" / "finalists" / "1" / "checkpoint.pt").exists()
+
+
+def test_a_finalist_whose_training_fails_scores_0_and_the_others_stay(space, tmp_path, monkeypatch):
+    derive = {"samples": 3, "finalists": 2, "final_draws": 1, "train_epochs": 1}
+    real = derive_module.fit
+
+    def fit(model, *args, folder, **options):
+        if folder.path.name == "0":
+            raise RuntimeError("the loss is nan in epoch 1")
+        return real(model, *args, folder=folder, **options)
+
+    monkeypatch.setattr(derive_module, "fit", fit)
+    with RunDir.create(tmp_path / "run", {}) as run:
+        winner = make_search(space, run.stage("search"), epochs=2, derive=derive).run()
+        events = [event for event in run.stage("search").journal("events.jsonl").records()]
+    events = [event for event in events if event["kind"] == "finalist_failed"]
+    ranking = json.loads((tmp_path / "run" / "search" / "ranking.json").read_text())
+    assert [entry["final"] and entry["final"]["reward"] > 0 for entry in ranking] == [True, False, None]
+    assert ranking[0]["genotype"] == winner.to_dict()
+    (event,) = events
+    assert event["reason"] == "the loss is nan in epoch 1" and event["genotype"] == ranking[1]["genotype"]
 
 
 def test_killed_and_resumed_equals_uninterrupted(space, tmp_path):

@@ -488,6 +488,11 @@ def test_theorem_5_is_reached_where_all_weights_are_the_same():
     assert paper.precision(paper.Chain.of(summary), off) == pytest.approx(error)
 
 
+def chain_of(after, last):
+    """Read the printed formulas' numbers of two layers with activation functions."""
+    return paper.Chain.of(summarize(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), after, nn.Linear(2, 1), last), (2,)))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -497,6 +502,8 @@ def test_theorem_5_is_reached_where_all_weights_are_the_same():
         (lambda s, r: total(neuron_costs(s, r, Failures()), (9, 0)), "layer 'one' has 4 components, so that 9 cannot"),
         (lambda s, r: intervals(s, torch.tensor(1.0), torch.tensor(0.0)), "a box of inputs has finite ends"),
         (lambda s, r: paper.Chain.of(s), "for chains of Linear layers"),
+        (lambda s, r: chain_of(nn.Identity(), nn.LeakyReLU(3.0)), "none after the last"),
+        (lambda s, r: chain_of(nn.LeakyReLU(3.0), nn.Identity()), "at most one activation function between"),
         (
             lambda s, r: local_errors(s, normal(1, 3), s.layers[0], count=1, failures=Failures(component="synapse")),
             "local bounds are of single neurons",

@@ -289,7 +289,8 @@ def model_digest(model: nn.Module, summary: Summary) -> str:
     for key, value in sorted(model.state_dict().items()):
         found.update(key.encode())
         if isinstance(value, Tensor):
-            found.update(str(value.dtype).encode() + value.detach().cpu().contiguous().numpy().tobytes())
+            plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # NumPy has no bfloat16
+            found.update(str(value.dtype).encode() + plain.numpy().tobytes())
     return found.hexdigest()
 
 

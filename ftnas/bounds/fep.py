@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -34,15 +35,24 @@ class Chain:
 
     @classmethod
     def of(cls, summary: Summary) -> Chain:
-        """Read the numbers of a summary; ValueError where it is no chain of Linear layers and activation functions."""
-        affine = [node.op for node in summary.nodes if isinstance(node.op, Affine)]
+        """Read the numbers of a summary.
+
+        Raises:
+            ValueError: It is no chain of Linear layers with at most one activation function between two of them.
+        """
+        ops = [node.op for node in summary.nodes[1:]]
+        affine = [op for op in ops if isinstance(op, Affine)]
         straight = all(node.inputs == (number - 1,) for number, node in enumerate(summary.nodes) if number)
-        plain = all(isinstance(node.op, (Affine, Activation)) for node in summary.nodes[1:])
+        plain = all(isinstance(op, (Affine, Activation)) for op in ops) and isinstance(ops[-1], Affine)
+        plain = plain and not any(isinstance(a, Activation) and isinstance(b, Activation) for a, b in pairwise(ops))
         if (
             not (straight and plain and all(op.window is None for op in affine))
             or len(affine) != len(summary.layers) + 1
         ):
-            raise ValueError("the printed formulas are for chains of Linear layers and activation functions alone")
+            raise ValueError(
+                "the printed formulas are for chains of Linear layers alone, with at most one activation function "
+                "between two of them and none after the last"
+            )
         return cls(
             tuple(layer.shape[0] for layer in summary.layers),
             tuple(op.largest for op in affine),

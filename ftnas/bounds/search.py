@@ -72,13 +72,13 @@ def even(costs: Sequence[Cost], budgets: Tensor, *, samples: int = 1, share: flo
         share: Of the samples, that must be within all their budgets; in (0, 1].
     """
     sizes = [cost.components for cost in costs]
-    steps = max(sizes)
+    steps = math.lcm(*sizes)  # every share at which a count grows is a whole number of such steps
 
     def counts(step: int) -> list[int]:
         return [step * size // steps for size in sizes]
 
     low, high, needed = 0, steps, asked(share, samples)
-    while low < high:
+    while counts(low) != counts(high):
         middle = (low + high + 1) // 2
         kept = within(costs, counts(middle), budgets, samples=samples)
         low, high = (middle, high) if int(kept.sum()) >= needed else (low, middle - 1)

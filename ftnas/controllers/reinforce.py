@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -302,6 +303,7 @@ class ReinforceController(Controller):
         restore_generator(self, state)
         self.policies.load_state_dict(state["policies"])
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["adam"], "param_groups": groups})
+        # torch's optimizer would go on with the given tensors themselves, and change them
+        self.optimizer.load_state_dict({"state": copy.deepcopy(state["adam"]), "param_groups": groups})
         self.baseline = float(state["baseline"])
         self.num_updates = int(state["num_updates"])

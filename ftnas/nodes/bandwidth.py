@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from math import prod
 from typing import Any
@@ -24,14 +24,19 @@ def link_bytes(network: SplitNetwork) -> dict[Link, int]:
     return {link: VALUE_BYTES * prod(network.shapes[link.source]) for link in network.links}
 
 
-def expected_bytes(network: SplitNetwork, *, failure_rates: Mapping[str, float]) -> dict[Link, float]:
+def expected_bytes(
+    network: SplitNetwork, *, failure_rates: Mapping[str, float], skips: Sequence[Skip] | None = None
+) -> dict[Link, float]:
     """Return what one image costs on each hyperconnection on average, exactly, over all patterns of failures.
 
     A hyperconnection carries nothing while it is inactive, its source has nothing to send, or its target is down. The
-    network is taken as in use: its mode in evaluation.
+    network is taken as in use: its mode in evaluation, and of its skips those that are given, None for all in use.
     """
-    was_training = network.training
+    was_training, absent = network.training, network.absent
     network.eval()
+    if skips is not None:
+        stay = {(skip.source, skip.to) for skip in skips}
+        network.absent = frozenset(k for k in network.links if k.bypassed and (k.source, k.to) not in stay)
     try:
         sums = dict.fromkeys(network.links, 0.0)
         full = link_bytes(network)
@@ -43,6 +48,7 @@ def expected_bytes(network: SplitNetwork, *, failure_rates: Mapping[str, float])
                     sums[link] += chance * full[link]
     finally:
         network.train(was_training)
+        network.absent = absent
     return sums
 
 
@@ -51,22 +57,27 @@ class SkipSubsets:
 
     Args:
         skips: All that may be kept.
-        costs: Of each, in bytes per image, 0 or more.
+        cost: Of a subset, in bytes per image: 0 for the empty one, and no less with one skip more.
         budget: The most that the kept ones may cost together.
     """
 
-    def __init__(self, skips: Sequence[Skip], *, costs: Sequence[float], budget: float) -> None:
-        if len(skips) != len(costs) or not skips:
-            raise ValueError(f"one cost for each of at least one skip, got {len(skips)} skips and {len(costs)} costs")
-        if budget < min(costs):
+    def __init__(self, skips: Sequence[Skip], *, cost: Callable[[Subset], float], budget: float) -> None:
+        if not skips:
+            raise ValueError("subsets are of at least one skip, got none")
+        self.skips, self.budget = tuple(skips), budget
+        self._cost, self._known = cost, dict[Subset, float]()
+        self.costs = tuple(self.cost((skip,)) for skip in skips)
+        if budget < min(self.costs):
             raise ValueError(
-                f"budget: the cheapest skip costs {min(costs):g} bytes per image, got {budget:g}; raise it"
+                f"budget: the cheapest skip costs {min(self.costs):g} bytes per image, got {budget:g}; raise it"
             )
-        self.skips, self.costs, self.budget = tuple(skips), tuple(costs), budget
 
-    def cost(self, subset: Subset) -> float:
+    def cost(self, subset: Sequence[Skip]) -> float:
         """Return what a subset costs, in bytes per image."""
-        return sum(cost for skip, cost in zip(self.skips, self.costs, strict=True) if skip in subset)
+        ordered = tuple(skip for skip in self.skips if skip in subset)
+        if ordered not in self._known:
+            self._known[ordered] = self._cost(ordered)
+        return self._known[ordered]
 
     def all(self) -> list[Subset]:
         """Return every subset within the budget, the smallest first."""
@@ -106,12 +117,12 @@ class SkipSubsets:
         return subset
 
     def signature(self) -> dict[str, Any]:
-        """Return skips, costs and budget."""
+        """Return skips, what each costs alone, and the budget."""
         skips = [[skip.source, skip.to] for skip in self.skips]
         return {"skips": skips, "costs": list(self.costs), "budget": self.budget}
 
     def _within(self, kept: list[Skip], stays: Skip | None, generator: torch.Generator) -> Subset:
-        while self.cost(tuple(kept)) > self.budget:
+        while self.cost(kept) > self.budget:
             others = [skip for skip in kept if skip != stays]
             kept.remove(others[int(torch.randint(len(others), (), generator=generator))])
         return tuple(skip for skip in self.skips if skip in kept)

@@ -73,14 +73,18 @@ class Trial:
 
 
 def subsets(search: SkipSearch, network: SplitNetwork, config: NodesConfig) -> SkipSubsets:
-    """Return the subsets of a network's skips within the budget, each skip at what it costs."""
-    if search.counted == "reserved":
-        costs: dict[Any, float] = dict(link_bytes(network))
-    else:
-        costs = expected_bytes(network, failure_rates=config.rates[search.setting])
-    each = {(link.source, link.to): costs[link] for link in network.links if link.bypassed}
-    skips = network.partition.skips
-    return SkipSubsets(skips, costs=[each[skip.source, skip.to] for skip in skips], budget=search.budget)
+    """Return the subsets of a network's skips within the budget."""
+    reserved = link_bytes(network)
+
+    def cost(subset: Subset) -> float:
+        stay = {(skip.source, skip.to) for skip in subset}
+        if search.counted == "reserved":
+            return sum(reserved[link] for link in network.links if (link.source, link.to) in stay and link.bypassed)
+        # what a skip carries depends on the others: by some of them its source is reached
+        carried = expected_bytes(network, failure_rates=config.rates[search.setting], skips=subset)
+        return sum(carried[link] for link in network.links if link.bypassed)
+
+    return SkipSubsets(network.partition.skips, cost=cost, budget=search.budget)
 
 
 class Scorer:

@@ -123,7 +123,9 @@ class Job:
 
     def _plain(self) -> dict[str, Any]:
         plain = self.config.model_dump(mode="json")
-        where = ("root", "download", "workers", "memory_limit_mb")
+        where = ["root", "download", "workers"]
+        if self.config.data.memory_limit_mb == DataConfig.model_fields["memory_limit_mb"].default:
+            where.append("memory_limit_mb")  # of a set that is too large to hold, fewer images give mean and deviation
         plain["data"] = {key: value for key, value in plain["data"].items() if key not in where}
         recipes = [plain["train"]["recipe"]] if plain["train"] else []
         recipes += [plain[name]["weights"] for name in SEARCHES if plain[name]]

@@ -13,38 +13,53 @@ def on_output(
     change: Callable[[Any], Tensor],
     *,
     active: Callable[[], bool],
-    copied: Callable[[Tensor, Tensor], None] = lambda _given, _copy: None,
+    replaced: Callable[[Tensor, Tensor], None] = lambda _given, _other: None,
 ) -> Callable[[], None]:
     """Put another tensor in the place of what a module gives.
 
-    A module with ``inplace=True`` works on a copy of its input then, and the result is written over the input itself:
-    so a caller who ignores what such a module returns, and reads on what it was given, gets the other tensor too, and
-    no gradient misses the values that it needs.
+    A module with ``inplace=True`` works on a copy of its input then. Where it returns that copy, the result is written
+    over the input itself: so a caller who ignores what such a module returns, and reads on what it was given, gets the
+    other tensor too, and no gradient misses the values that it needs.
 
     Args:
         module: Any.
         change: Given the output, returns what takes its place, of the same shape.
         active: Whether to do so in the call that begins.
-        copied: Told the input of a module in place and the copy that it works on, before it does.
+        replaced: Told each tensor in whose place another one comes, and that one.
 
     Returns:
         What takes the hook away.
     """
-    given: list[Tensor] = []
+    given: list[tuple[Tensor, Tensor, int]] = []
 
     def begin(own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         given.clear()
         if not getattr(own, "inplace", False) or not active():
             return None
-        given.append(args[0] if args else kwargs["input"])
-        copy = given[0].clone()
-        copied(given[0], copy)
-        return (copy, *args[1:]), {name: value for name, value in kwargs.items() if name != "input"}
+        original = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if original is None:
+            return None
+        copy = original.clone()
+        replaced(original, copy)
+        given.append((original, copy, _version(copy)))
+        return (
+            tuple(copy if value is original else value for value in args),
+            {name: copy if value is original else value for name, value in kwargs.items()},
+        )
 
     def end(_own: nn.Module, _args: Any, output: Any) -> Tensor | None:
+        if not given and not active():
+            return None
+        other = change(output)
         if given:
-            return given.pop().copy_(change(output))
-        return change(output) if active() else None
+            original, copy, version = given.pop()
+            if output is copy:
+                other = original.copy_(other)
+            elif version < 0 or copy._version != version:
+                original.copy_(copy)  # changed on the way to an output of its own
+        if other is not output:
+            replaced(output, other)
+        return other
 
     handles = [module.register_forward_pre_hook(begin, with_kwargs=True), module.register_forward_hook(end)]
 
@@ -53,3 +68,8 @@ def on_output(
             handle.remove()
 
     return remove
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; -1 where nothing counts that."""
+    return -1 if tensor.is_inference() else tensor._version

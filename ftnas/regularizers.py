@@ -125,14 +125,19 @@ class Regularization:
         self._seen: dict[int, list[tuple[Tensor, int]]] | None = None
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Crash units by dropout, and let ``watching`` see values, in forwards with gradients within the body."""
+    def attached(self, replaced: Callable[[Tensor, Tensor], None] = lambda _given, _other: None) -> Iterator[None]:
+        """Crash units by dropout, and let ``watching`` see values, in forwards with gradients within the body.
+
+        Args:
+            replaced: Told each tensor in whose place dropout puts another one, and that one; an injection has one.
+        """
         undo: list[Callable[[], None]] = []
         try:
             for config, modules in self._dropouts:
                 drop = self._dropping(config)
                 # an injection looks at the model once, without gradients: that draws nothing
-                undo += [on_output(module, drop, active=torch.is_grad_enabled) for module in modules]
+                active = torch.is_grad_enabled
+                undo += [on_output(module, drop, active=active, replaced=replaced) for module in modules]
             for number, (_, modules) in enumerate(self._variances):
                 undo += [module.register_forward_hook(self._watching(number)).remove for module in modules]
             yield
@@ -187,7 +192,8 @@ class Regularization:
     def _dropping(self, config: Dropout) -> Callable[[Tensor], Tensor]:
         def drop(output: Tensor) -> Tensor:
             shape = output.shape[:2] if config.unit == "channel" else output.shape
-            alive = torch.rand(shape, generator=self._generator, device=output.device) >= config.rate
+            draws = torch.rand(shape, generator=self._generator, device=output.device, dtype=torch.float32)
+            alive = draws >= config.rate
             return output * alive.view(*shape, *[1] * (output.dim() - len(shape)))
 
         return drop

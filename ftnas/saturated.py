@@ -192,9 +192,12 @@ _INNER = "parametrizations.weight.original"
 
 
 def plain_name(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Call the stored weight of a state by its plain name: a hook after ``state_dict``."""
+    """Call the stored weight of a state by its plain name, in its place: a hook after ``state_dict``."""
     if prefix + _INNER in state:
+        others = [key for key in state if key.startswith(prefix) and key != prefix + _INNER]
         state[prefix + "weight"] = state.pop(prefix + _INNER)
+        for key in others:  # a parametrization comes after what the layer has itself; a weight before its bias
+            state[key] = state.pop(key)
 
 
 def inner_name(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

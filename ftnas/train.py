@@ -235,7 +235,7 @@ def _epoch(
         draw_on="device",
     )
     batches = images.batches(config.batch_size, seed=seed, epoch=epoch, augment=config.augment, drop_last=True)
-    with injection, nullcontext() if extras is None else extras.attached():
+    with injection, nullcontext() if extras is None else extras.attached(injection.replaced):
         parameters = list(model.parameters())
         graph = CudaGraph() if config.compute.cuda_graph else None
         gradients = gradients_by(model, loss, injection, parameters, graph=graph)

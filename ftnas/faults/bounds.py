@@ -23,16 +23,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from pydantic import field_validator, model_validator
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ftnas.faults.saturation import FUNCTIONS, Saturation, power_of_two, standard_deviation
 from ftnas.faults.select import find_layers, select_layers
 from ftnas.quantize import SMALLEST_RANGE
+from ftnas.saturated import after_memory
 from ftnas.settings import Positive, Settings
 
 WEIGHT, FEATURE = "weight_bound", "feature_bound"
@@ -303,10 +303,21 @@ def _values(settings: WeightBound | FeatureBound, layers: dict[str, nn.Module]) 
     return {name: power_of_two(multiple * standard_deviation(_stored(layers[name]))) for name in names}
 
 
+@torch.no_grad()
 def _stored(module: nn.Module) -> Tensor:
-    if parametrize.is_parametrized(module, "weight"):
-        return module.parametrizations.weight.original  # type: ignore[union-attr,return-value]
-    return module.weight  # type: ignore[return-value]
+    """Return the weight as the memory gets it: after the model's own parametrizations, before ours."""
+    later = after_memory(module)
+    if later is None:
+        return module.weight  # type: ignore[return-value]
+    chain: Any = module.parametrizations.weight  # type: ignore[union-attr]
+    before = list(chain)[: list(chain).index(later)]
+    if not before:
+        return cast(Tensor, chain.original)
+    originals = [chain.original] if chain.is_tensor else [getattr(chain, f"original{i}") for i in range(chain.ntensors)]
+    weight = before[0](*originals)
+    for parametrization in before[1:]:
+        weight = parametrization(weight)
+    return cast(Tensor, weight)
 
 
 def _set(module: nn.Module, kind: str, value: float, name: str, *, learned: bool) -> None:

@@ -92,7 +92,7 @@ class DefectMap:
         self.plans()
         fault = {"name": self.fault.name, **self.fault.model_dump(mode="json")}
         header = {"kind": KIND, "schema": SCHEMA, "faults": [fault], "layers": list(self.cells)}
-        arrays = {f"{i}.cells": cells.to(torch.int8).numpy() for i, cells in enumerate(self.cells.values())}
+        arrays = {f"{i}.cells": cells.to(torch.int8).cpu().numpy() for i, cells in enumerate(self.cells.values())}
         write_archive(path, header, arrays)
 
     @classmethod

@@ -32,11 +32,12 @@ from ftnas.faults.place import feature_site, weight_site
 from ftnas.faults.plans import PlanSet
 from ftnas.faults.record import InjectionRecord, Tally
 from ftnas.faults.select import LAYER_TYPES, find_layers, is_ours
-from ftnas.faults.stored import SharedWeights, after_memory, is_stored, store_weight
+from ftnas.faults.stored import SharedWeights, after_memory, check_not_cached, is_stored, store_weight
 from ftnas.faults.together import Together
 from ftnas.faults.trace import Call, FeaturePoints, find_feature_points, running_layers
 from ftnas.faults.variation import ReciprocalNormalVariation
 from ftnas.quantize import FixedPoint, FloatFormat, Grid, Rounded, straight_through
+from ftnas.rng import integer
 
 
 class Injection:
@@ -65,7 +66,6 @@ class Injection:
         mask_gradients: bool,
         watch: bool,
     ) -> None:
-        self.draw = 0
         self.shared: SharedWeights | None = None
         self._model, self._bounds = model, bounds
         self._layers = find_layers(model)
@@ -82,7 +82,7 @@ class Injection:
         self._reads_nan_as_zero: frozenset[str] = frozenset()
         self._activations = ActivationMode(self._after_activation) if self._buffers else None
         self.finding = self._paused = self._running = self._ran = self._ran_faulty = False
-        self._current = self._faulty_draw = self._replays = 0
+        self.draw = self._current = self._faulty_draw = self._replays = 0
         self._grid: Grid | None = None
         self._points: dict[bool, FeaturePoints] = {}
         self._counts: dict[str, int] = {}
@@ -143,6 +143,11 @@ class Injection:
         finally:
             self.shared = None
 
+    def replaced(self, given: Tensor, other: Tensor) -> None:
+        """Take note that a hook puts another tensor in the place of one."""
+        if self._activations is not None:
+            self._activations.replace(given, other)
+
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise ValueError("the model is inside inject(...) and cannot be copied there; copy it outside of the block")
 
@@ -169,8 +174,7 @@ class Injection:
 
     def _attach(self) -> None:
         root, undo = self._model, self._undo
-        begin = root.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
-        undo += [self.together.forget, begin.remove]
+        undo.append(root.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True).remove)
         if self._sees_features:
             for name, module in root.named_modules():
                 if isinstance(module, (*LAYER_TYPES, _BatchNorm)):
@@ -182,25 +186,26 @@ class Injection:
                     undo.append(module.register_forward_pre_hook(partial(self._check_running, name)).remove)
             later = {name: after_memory(module) for name, module in self._layers.items()}
             self._reads_nan_as_zero = frozenset(name for name, entry in later.items() if entry and entry.zeroes_nan)
-        undo += self.outages.attach(self._outage_draw, self.tally.add, self._activations)
+        undo += self.outages.attach(lambda: self._draw_now, self.tally.add, self.replaced)
         if self._activations is not None:
             undo.append(root.register_forward_hook(self._check_met).remove)
         # last, so that a root that is a layer itself is still running when its feature point is met
         undo.append(root.register_forward_hook(self._end, always_call=True).remove)
 
-    def _outage_draw(self) -> int | None:
-        """Return the number of the draw that whole nodes meet now; None where they meet none."""
-        return self._current if self._running and not self._paused else None
-
     def _detach(self) -> None:
         self._stop()
+        self.together.forget()
         while self._undo:
             self._undo.pop()()
 
     @property
     def _sees_features(self) -> bool:
-        faulty = bool(self._features or self._buffers or self._bounds)
-        return faulty or self._feature_format is not None or self._any_bound(FEATURE)
+        return bool(self._features or self._buffers or self._bounds or self._feature_format) or self._any_bound(FEATURE)
+
+    @property
+    def _draw_now(self) -> int | None:
+        """The number of the draw that a forward meets which runs now; None where it meets none."""
+        return self._current if self._running and not self._paused else None
 
     def _any_bound(self, kind: str) -> bool:
         return any(bound_of(module, kind) is not None for module in self._layers.values())
@@ -209,22 +214,21 @@ class Injection:
         if self.finding:
             return
         self._stop()  # a forward that was interrupted from the keyboard has not ended
+        check_not_cached()
         if module.training not in self._points and self._sees_features:
             self.finding = True
             try:
                 self._points[module.training] = find_feature_points(module, args, kwargs)
             finally:
                 self.finding = False
-        self._counts = {}
+        self._counts, self._current = {}, integer(self.draw)
         self._running = self._ran = True
-        self._current = self.draw
         if not self._paused:
-            self.draw += 1
-            self._faulty_draw = self._current
-            self._ran_faulty = True
+            self.draw = self._current + 1
+            self._faulty_draw, self._ran_faulty = self._current, True
         if self.shared is not None and self._watch is None:
             layers = running_layers(module, args, kwargs, self._points.get(module.training))
-            self.together.begin(layers, None if self._paused else self._current, self.shared)
+            self.together.begin(layers, self._draw_now, self.shared)
         if self._activations is not None:
             self._activations.__enter__()
 
@@ -276,8 +280,7 @@ class Injection:
             feature, ours = saturated(feature, limit, rule), False
         site = feature_site(layer, self._layers[layer], feature, self._feature_format)
         if self._activations is None or not self._points[self._model.training].activated(call):
-            both = (self._features, self._buffers)
-            return self._store(feature, site, self._feature_format, both, index, ours, limit)
+            return self._store(feature, site, self._feature_format, (self._features, self._buffers), index, ours, limit)
         stored = self._store(feature, site, self._feature_format, (self._features,), index, ours, limit)
         if self._buffer_format is not None or self._buffers.hits(layer):
             self._activations.expect(stored, call, self._grid)
@@ -287,8 +290,7 @@ class Injection:
         """Fault what an activation function writes to the feature buffer, on its input's grid or on one of its own."""
         layer, index = call
         site = feature_site(layer, self._layers[layer], output, self._feature_format)
-        learning = torch.is_grad_enabled() and output.requires_grad
-        if grid is not None and not learning:
+        if grid is not None and not (torch.is_grad_enabled() and output.requires_grad):
             if not self._paused and self._buffers.hits(layer):
                 self._apply(self._buffers, output, site, grid, index)
             return output
@@ -298,7 +300,7 @@ class Injection:
         """Return what the hardware reads for a weight that learns; called by the weight's parametrization."""
         weight, limit = clipped_weight(self._layers[layer], weight)
         site = weight_site(layer, self._layers[layer], weight, self._weight_format)
-        kept = None if self.shared is None else self.shared.rounded
+        kept = self.shared.rounded if self.shared is not None and torch.is_grad_enabled() else None
         return self._store(weight, site, self._weight_format, (self._weights,), 0, limit=limit, kept=kept)
 
     def stored(self, layer: str, weight: Tensor) -> tuple[Tensor, Grid | None]:
@@ -355,8 +357,7 @@ class Injection:
             if isinstance(form, FixedPoint):
                 rounded = None if kept is None else kept.get(site.layer)
                 if rounded is None:
-                    own_mask = need_mask and not bounded
-                    rounded = form.round(values, need_inside=own_mask, in_place=ours, limit=limit)
+                    rounded = form.round(values, need_inside=need_mask and not bounded, in_place=ours, limit=limit)
                     if kept is not None and not active:
                         kept[site.layer] = rounded
                     out = rounded.values
@@ -381,8 +382,7 @@ class Injection:
         for placed, plan, fresh in drawing.plans(site, self._current, index, out.device):
             fault = placed.fault
             before = self._watch.values(out, plan) if self._watch is not None else None
-            float_weight = fresh is not None and fault.target == "weight" and grid is None
-            old = values_at(out, plan) if float_weight else None
+            old = values_at(out, plan) if fresh is not None and fault.target == "weight" and grid is None else None
             if len(plan.sites):  # at low rates most tensors of a small batch meet no fault
                 fault.apply_(out, plan, grid)
             if fault.target == "feature" and site.layer in self._bounds:

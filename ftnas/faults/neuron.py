@@ -83,7 +83,9 @@ class NeuronByzantine(_NeuronFault):
     def sample(self, site: Site, *, generator: torch.Generator) -> Plan:
         """Draw the lying neurons; codes are what each value sends as a share of C, float32 [K * span] in [-1, 1]."""
         plan = self.draw(site, generator)
-        shares = torch.rand(len(plan.sites) * plan.span, generator=generator, device=generator.device)
+        shares = torch.rand(
+            len(plan.sites) * plan.span, generator=generator, device=generator.device, dtype=torch.float32
+        )
         return replace(plan, codes=shares.mul_(2.0).sub_(1.0))
 
     def apply_(self, values: Tensor, plan: Plan, grid: Grid | None) -> Tensor:

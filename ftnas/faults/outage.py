@@ -10,7 +10,6 @@ import torch
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 from torch import Tensor, nn
 
-from ftnas.faults.activation import ActivationMode
 from ftnas.faults.base import FAULTS, Fault, Plan, Site
 from ftnas.faults.sampling import bernoulli_sites, persisting
 from ftnas.hooks import on_output
@@ -119,22 +118,21 @@ class Outages:
         self,
         current: Callable[[], int | None],
         count: Callable[[int, str, Plan], None],
-        activations: ActivationMode | None,
+        replaced: Callable[[Tensor, Tensor], None],
     ) -> Sequence[Callable[[], None]]:
         """Hook the modules; return what takes the hooks away.
 
         Args:
             current: Number of the draw of the forward that runs; None without faults.
             count: Takes the number of a fault, a node and each fresh plan.
-            activations: Waits for activation functions, of what is silenced too.
+            replaced: Told each tensor in whose place another one comes, and that one.
         """
         undo = []
-        copied = activations.replace if activations is not None else lambda _given, _copy: None
         for number, hosted in self._hosted.items():
             for node, modules in hosted.items():
-                silenced = self._silencer(number, node, current, count, activations)
+                silenced = self._silencer(number, node, current, count)
                 for module in modules:
-                    undo.append(on_output(module, silenced, active=lambda: current() is not None, copied=copied))
+                    undo.append(on_output(module, silenced, active=lambda: current() is not None, replaced=replaced))
         return undo
 
     def _silencer(
@@ -143,7 +141,6 @@ class Outages:
         node: str,
         current: Callable[[], int | None],
         count: Callable[[int, str, Plan], None],
-        activations: ActivationMode | None,
     ) -> Callable[[Any], Tensor]:
         def silenced(output: Any) -> Tensor:
             draw = current()
@@ -160,11 +157,6 @@ class Outages:
                 if (number, node, when) not in self._counted:  # a draw that candidates share is one draw
                     self._counted.add((number, node, when))
                     count(number, node, plan)
-            if not len(plan.sites):
-                return output
-            silent = torch.zeros_like(output)
-            if activations is not None:
-                activations.replace(output, silent)
-            return silent
+            return torch.zeros_like(output) if len(plan.sites) else output
 
         return silenced

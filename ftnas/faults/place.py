@@ -36,6 +36,8 @@ def check(
             "the model, or a part of it, is compiled, and what is compiled reads no faults; inject into the model "
             "before torch.compile (a compiled one keeps it as model._orig_mod)"
         )
+    if any(torch.nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
+        raise ValueError("the model has lazy layers whose weights are not made yet; run it once before inject")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device and has no values to fault; load it on cpu or cuda first")
     for fault in faults:

@@ -88,7 +88,9 @@ class StoredWeight(nn.Module):
         if learns or not isinstance(weight, nn.Parameter) or weight.is_inference():
             self._stored = self._faulty = None  # what a model's own parametrization made tells nothing by its address
             return self._learning(weight)
-        key = tuple((x.data_ptr(), x._version) for x in (weight, bound) if x is not None)
+        # what is made in inference mode is of no use to a forward with gradients
+        inference = torch.is_inference_mode_enabled()
+        key = (inference, *((x.data_ptr(), x._version) for x in (weight, bound) if x is not None))
         if self._stored is None or self._stored[0] != key:
             values, grid = self._reader.stored(self._layer, weight.detach())
             self._stored, self._faulty = (key, values, grid, values.to(weight.dtype)), None
@@ -101,13 +103,22 @@ class StoredWeight(nn.Module):
         return self._faulty[1]
 
     def _learning(self, weight: Tensor) -> Tensor:
-        """Return what is read for a weight that learns; the same tensor for forwards that share it."""
-        shared = self._reader.shared
+        """Return what is read for a weight that learns; the same tensor for forwards with gradients that share it."""
+        shared = self._reader.shared if torch.is_grad_enabled() else None
         if shared is None or self._reader.weight_state(self._layer) is not None:
             return self._reader.weight(self._layer, weight)
         if self._layer not in shared.clean:
             shared.clean[self._layer] = self._reader.weight(self._layer, weight)
         return shared.clean[self._layer]
+
+
+def check_not_cached() -> None:
+    """Raise a RuntimeError where torch would keep weights from one forward to the next, and hand out old ones."""
+    if parametrize._cache_enabled:
+        raise RuntimeError(
+            "the model runs within torch.nn.utils.parametrize.cached(), where weights are read once for all forwards, "
+            "so that faults of later ones would not be met; call it outside of that"
+        )
 
 
 def is_stored(module: nn.Module) -> bool:
@@ -129,8 +140,12 @@ def store_weight(module: nn.Module, reader: Reader, layer: str) -> Callable[[], 
             "and faults cannot go there; make it permanent (torch.nn.utils.prune.remove, remove_weight_norm, ...), or "
             "use torch.nn.utils.parametrizations"
         )
-    order = list(module._parameters)
+    order, buffers = list(module._parameters), list(module._buffers)
+    fleeting = "weight" in module._non_persistent_buffers_set
     alone = not parametrize.is_parametrized(module, "weight")
+    if alone and parametrize.is_parametrized(module):  # by another tensor: copies of the module share its class
+        kind = type(module)
+        module.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
     stored = StoredWeight(reader, layer)
     parametrize.register_parametrization(module, "weight", stored, unsafe=True)
     chain = cast(parametrize.ParametrizationList, module.parametrizations.weight)  # type: ignore[union-attr]
@@ -150,7 +165,11 @@ def store_weight(module: nn.Module, reader: Reader, layer: str) -> Callable[[], 
             del chain[list(chain).index(stored)]
             return
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-        for parameter in order:  # the weight came back as the last one
-            module._parameters[parameter] = module._parameters.pop(parameter)
+        for key in order:  # the weight came back as the last one
+            module._parameters[key] = module._parameters.pop(key)
+        for key in buffers:
+            module._buffers[key] = module._buffers.pop(key)
+        if fleeting:
+            module._non_persistent_buffers_set.add("weight")
 
     return undo

@@ -144,7 +144,7 @@ class Together:
         found: dict[str, nn.Parameter] = {}
         for name, module in self._layers.items():
             chain: Any = module.parametrizations["weight"]  # type: ignore[index]
-            weight = chain.original
+            weight = getattr(chain, "original", None)  # weight_norm has two
             if (
                 name in hit
                 and len(chain) == 1

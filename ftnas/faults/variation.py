@@ -43,7 +43,7 @@ class _Variation(Fault):
         """Draw z for every weight, float32 [N]; with sigma 0 nothing varies and the plan is empty."""
         count = site.num_values if self.sigma else 0
         sites = torch.arange(count, device=generator.device)
-        noise = torch.randn(count, generator=generator, device=generator.device)
+        noise = torch.randn(count, generator=generator, device=generator.device, dtype=torch.float32)
         return Plan(sites, noise, site.num_values, 1.0 if self.sigma else 0.0, site.shape)
 
     def factor(self, noise: Tensor) -> Tensor:

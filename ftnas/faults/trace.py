@@ -8,12 +8,15 @@ really run, so that the order of definition does not matter.
 
 from __future__ import annotations
 
+import random
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -32,6 +35,15 @@ _ACTIVATIONS = frozenset(
     "hardswish softplus softsign softshrink hardshrink tanhshrink threshold".split()
 )
 ACTIVATION = "an activation function"
+
+
+def _read(name: str, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return what a torch function reads the values of: shape and dtype alone tell nothing of a fault."""
+    if name.endswith("_like"):
+        return []
+    if name.startswith("new_"):
+        return tree_leaves((args[1:], kwargs))
+    return tree_leaves(args[:1] if name in ("type_as", "expand_as", "view_as", "reshape_as") else (args, kwargs))
 
 
 def is_activation(func: Callable[..., Any]) -> bool:
@@ -64,6 +76,8 @@ class _Watch(TorchFunctionMode):
         self.outputs: dict[int, _Output] = {}
         self.made: dict[Call, _Output] = {}
         self.batch_norm: Call | None = None
+        self.normalised: Tensor | None = None  # by the BatchNorm that runs, and whether it goes on from there
+        self.more = False
 
     def add(self, call: Call, tensor: Tensor) -> None:
         """Watch the output of a call."""
@@ -72,17 +86,35 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        watched = [out for leaf in tree_leaves((args, kwargs)) if (out := self.outputs.get(id(leaf))) is not None]
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        read = _read(name, args, kwargs)
+        watched = [out for leaf in read if (out := self.outputs.get(id(leaf))) is not None]
+        self.more = self.more or self.normalised is not None and any(leaf is self.normalised for leaf in read)
         result = func(*args, **kwargs)
-        if watched and any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
-            is_norm = self.batch_norm is not None and getattr(func, "__name__", "") == "batch_norm"
+        is_norm = self.batch_norm is not None and name == "batch_norm"
+        if is_norm:
+            self.normalised = result
+        if watched and (name == "__setitem__" or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))):
             consumer = self.batch_norm if is_norm else ACTIVATION if is_activation(func) else None
             for output in watched:
                 output.consumers.append(consumer)
                 if consumer == ACTIVATION and result is output.tensor:
                     del self.outputs[id(result)]  # in place: from here on the same tensor is what came out of it
         return result
+
+    def observing(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a hook of the user's own that, where it changes nothing, reads without being seen."""
+
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            before, more = [(output, len(output.consumers)) for output in self.made.values()], self.more
+            result = hook(*args, **kwargs)
+            if result is None:
+                self.more = more
+                for output, number in before:
+                    del output.consumers[number:]
+            return result
+
+        return observed
 
 
 class FeaturePoints:
@@ -216,6 +248,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
     watch = _Watch()
     counts: dict[str, int] = {}
     layers: list[Call] = []
+    more: dict[Call, str] = {}
     handles = []
 
     def called(name: str) -> Call:
@@ -231,15 +264,26 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
     def after_norm(module: nn.Module, inputs: Any, output: Any) -> None:
         if watch.batch_norm is not None:
             watch.add(watch.batch_norm, output)
-        watch.batch_norm = None
+            if watch.more:
+                more[watch.batch_norm] = type(module).__name__
+        watch.batch_norm, watch.normalised, watch.more = None, None, False
 
     def after_layer(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                raise ValueError(
+                    f"layer {name!r} ({type(module).__name__}) gives a {type(output).__name__} and not one tensor, so "
+                    "that it has no feature that could be read; let it return the tensor alone"
+                )
             layers.append(called(name))
             watch.add(layers[-1], output)
 
         return hook
 
+    hooks = _hooks(model)
+    replaced = [(where, key, hook) for where in hooks for key, hook in where.items()]
+    for where, key, hook in replaced:
+        where[key] = watch.observing(hook)
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             handles.append(module.register_forward_pre_hook(before_norm(name)))
@@ -252,15 +296,46 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
     finally:
         for handle in handles:
             handle.remove()
-    for leaf in tree_leaves(result):
+        for where, key, hook in replaced:
+            if key in where:
+                where[key] = hook
+    for leaf in _leaves(result):
         if (returned := watch.outputs.get(id(leaf))) is not None:
             returned.consumers.append(None)
     points = {}
     for call in layers:
         only = _only(watch.made[call])
         points[call] = only if isinstance(only, tuple) else call
+    for (name, _), kind in more.items():
+        if any(point[0] == name for point in points.values()):
+            warnings.warn(
+                f"BatchNorm {name!r} ({kind}) does more than normalise: the feature point behind it is all that comes "
+                "out of it; use nn.BatchNorm2d and an activation function of its own for faults between the two",
+                stacklevel=2,
+            )
     activated = frozenset(call for call, point in points.items() if _only(watch.made[point]) == ACTIVATION)
     return Trace(points, activated)
+
+
+def _hooks(model: nn.Module) -> list[dict[int, Callable[..., Any]]]:
+    """Return where the hooks around forwards are kept, each module's and those of all modules."""
+    known = torch.nn.modules.module
+    found = [known._global_forward_pre_hooks, known._global_forward_hooks]
+    for module in model.modules():
+        found += [module._forward_pre_hooks, module._forward_hooks]
+    return found
+
+
+def _leaves(result: Any) -> Iterator[Any]:
+    """Yield what a model returns, also from within objects that torch does not know as containers."""
+    seen: set[int] = set()
+    waiting = [result]
+    while waiting:
+        for leaf in tree_leaves(waiting.pop()):
+            yield leaf
+            if id(leaf) not in seen and not isinstance(leaf, (Tensor, nn.Module, type)) and hasattr(leaf, "__dict__"):
+                seen.add(id(leaf))
+                waiting.append(list(vars(leaf).values()))
 
 
 def _only(output: _Output) -> Call | str | None:
@@ -270,18 +345,33 @@ def _only(output: _Output) -> Call | str | None:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put the model's buffers and the global random states back after the body, bit for bit."""
+    """Put back after the body, bit for bit, what a forward may move.
+
+    That are buffers, parameters that need no gradient (of a teacher that follows), plain attributes of the modules, and
+    the global random states of torch, NumPy and Python.
+    """
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+    frozen = [(parameter, parameter.clone()) for parameter in model.parameters() if not parameter.requires_grad]
+    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+    python, arrays = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        for module, saved in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(saved)
         with torch.no_grad():
-            for module, name, buffer, saved in buffers:
-                module._buffers[name] = buffer.copy_(saved)  # also where the forward put another tensor there
+            for module, name, buffer, values in buffers:
+                module._buffers[name] = buffer.copy_(values)  # also where the forward put another tensor there
+            for parameter, values in frozen:
+                if not torch.equal(parameter, values):
+                    parameter.copy_(values)

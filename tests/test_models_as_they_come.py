@@ -1,0 +1,412 @@
+"""Models as people bring them: readers that hide, hooks that watch, parametrizations, state beside buffers."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from injected import FIXED
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from ftnas import bound, inject, rng
+from ftnas.evaluate import score
+from ftnas.faults import (
+    AdSAF,
+    FeatureBitFlip,
+    LogNormalVariation,
+    MiBB,
+    NeuronByzantine,
+    NeuronCrash,
+    NodeDown,
+    WeightBitFlip,
+)
+from ftnas.faults.bounds import WeightBound, stored_bound
+from ftnas.faults.saturation import power_of_two
+from ftnas.faults.trace import trace_feature_points
+from ftnas.regularizers import Dropout, Regularization
+
+X = torch.randn(4, 3, 6, 6, generator=rng.generator(0, "x"))
+
+
+def built(make, *args):
+    with rng.isolated(0, "model"):
+        model = make(*args)
+    return model.eval()
+
+
+def points(model, x=X):
+    return {layer: point for (layer, _), (point, _) in trace_feature_points(model, (x,), {}).points.items()}
+
+
+@dataclass
+class Answer:
+    feature: Tensor
+    out: Tensor
+
+
+class Read(nn.Module):
+    """A convolution and its BatchNorm, with something else that reads the convolution, or only its shape."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.conv, self.norm, self.other = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), other
+
+    def forward(self, x):
+        y = self.conv(x)
+        other = self.other(y)
+        return (self.norm(y), other)
+
+
+def written(y):
+    kept = torch.zeros(y.shape)
+    kept[...] = y
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("other", "point"),
+    [
+        (lambda y: 2 * y, "conv"),
+        (written, "conv"),
+        (lambda y: Answer(y, y.shape), "conv"),
+        (lambda y: y.new_tensor(1.0), "norm"),
+        (torch.zeros_like, "norm"),
+        (lambda y: y.new_zeros(2), "norm"),
+        (lambda y: torch.ones(1).expand_as(y), "norm"),
+        (lambda y: y.expand_as(y), "conv"),
+    ],
+)
+def test_who_reads_the_values_decides_on_the_feature_point(other, point):
+    assert points(built(Read, other)) == {"conv": point}
+
+
+@pytest.mark.parametrize("fault", [MiBB(mac_error_rate=5e-3), FeatureBitFlip(bit_error_rate=0.02)])
+@pytest.mark.parametrize("place", ["conv", "norm", "relu"])
+def test_a_hook_that_only_looks_changes_nothing(fault, place):
+    def made():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+    seen = []
+    plain, watched = built(made), built(made)
+    module = watched[["conv", "norm", "relu"].index(place)]
+    module.register_forward_pre_hook(lambda _module, given: seen.append(given[0].mean()))
+    module.register_forward_hook(lambda _module, given, output: seen.append((given[0].detach(), output.detach())))
+    hooks = [dict(module._forward_pre_hooks), dict(module._forward_hooks)]
+    found = []
+    for model in (plain, watched):
+        with torch.no_grad(), inject(model, fault, quantization=FIXED, seed=1):
+            found.append(model(X))
+    assert torch.equal(*found) and seen
+    assert [dict(module._forward_pre_hooks), dict(module._forward_hooks)] == hooks
+
+
+def test_a_hook_that_changes_what_a_module_is_given_reads_it():
+    model = built(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    assert points(model) == {"0": "1"}
+    model[1].register_forward_pre_hook(lambda _module, given: (given[0] * 2,))
+    assert points(model) == {"0": "0"}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_batch_norm_with_an_activation_function_in_it_is_told(inplace):
+    class NormAct(nn.BatchNorm2d):
+        def forward(self, x):
+            return F.relu(super().forward(x), inplace=inplace)
+
+    model = built(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4)))
+    with pytest.warns(UserWarning, match="BatchNorm '1' \\(NormAct\\) does more than normalise"):
+        assert points(model) == {"0": "1"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        points(built(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=inplace))))
+
+
+def test_a_layer_that_gives_more_than_a_tensor_is_refused():
+    class WithBias(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight), self.bias
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = WithBias(6, 2)
+
+        def forward(self, x):
+            y, bias = self.layer(x)
+            return y + bias
+
+    model = Net().eval()
+    with pytest.raises(ValueError, match="'layer' .* gives a tuple"), inject(model, quantization=FIXED):
+        model(X)
+
+
+class Moving(nn.Module):
+    """Moves everything that a forward may move: a teacher's weights, an attribute, global random states."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.teacher, self.memory, self.calls = nn.Linear(6, 6), nn.Linear(6, 6), None, 0
+        self.teacher.requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            for own, other in zip(self.teacher.parameters(), self.layer.parameters(), strict=True):
+                own.mul_(0.5).add_(other, alpha=0.5)
+        self.memory = x if self.memory is None else self.memory + x
+        self.calls += 1
+        return self.layer(self.memory) + self.teacher(x) + random.random() + float(np.random.rand()) + torch.rand(())
+
+
+def test_looking_for_feature_points_moves_nothing():
+    plain, injected = built(Moving), built(Moving)
+    found = []
+    for model in (plain, injected):
+        random.seed(5), np.random.seed(5), torch.manual_seed(5)
+        with torch.no_grad():
+            if model is plain:
+                model(X)
+            else:
+                with inject(model, MiBB(mac_error_rate=1e-3), quantization=FIXED, seed=1):
+                    model(X)
+        found.append((random.random(), np.random.rand(), torch.rand(1).item(), model.calls, model.memory.shape))
+        found[-1] += (float(model.teacher.weight.sum()), float(model.teacher.bias.sum()))
+    assert found[0] == found[1] and found[0][3] == 1
+
+
+class Block(nn.Module):
+    """Has ``inplace`` for the activation function at its end, and is added to what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.inplace = True
+        self.conv, self.relu = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.relu(self.conv(x))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x):
+        x = x * 1
+        return x + self.block(x=x)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_a_block_that_ends_in_place_leaves_what_it_was_given(rate):
+    model = built(Residual)
+    with torch.no_grad():
+        wanted = model(X) if rate == 0 else X
+        with inject(model, NodeDown(rate=rate, nodes={"n": ["block"]}), seed=1):
+            assert torch.equal(model(X), wanted)
+
+
+def test_a_block_that_begins_in_place_changes_what_it_was_given():
+    class First(Block):
+        def forward(self, x):
+            return self.conv(self.relu(x))
+
+    model = built(Residual)
+    model.block = built(First)
+    with torch.no_grad():
+        wanted = model(X)
+        with inject(model, NodeDown(rate=0.0, nodes={"n": ["block"]}), seed=1):
+            assert torch.equal(model(X), wanted)
+        with inject(model, NodeDown(rate=1.0, nodes={"n": ["block"]}), seed=1):
+            assert torch.equal(model(X), X.relu())
+
+
+@pytest.mark.parametrize("layers", ["relu", "conv2d"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_dropout_beside_faults_of_the_buffer(layers, inplace):
+    """What a unit that dropout crashed holds is 0, whatever was in the buffer."""
+    model = built(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=inplace))).train()
+    extras = Regularization([Dropout(layers=(layers,), rate=0.3)], model)
+    fault = NeuronByzantine(rate=0.5, capacity=3.0)
+    with (
+        inject(model, fault, quantization=FIXED, seed=1, errors="soft") as injection,
+        extras.attached(injection.replaced),
+    ):
+        extras.step(rng.generator(0, "masks"))
+        out = model(X)
+        out.sum().backward()
+    assert injection.record.hits > 100 and model[0].weight.grad.abs().sum() > 0
+    zero = (out == 0).double().mean()
+    assert 0.3 < zero < 0.7 if layers == "relu" else zero > 0.05
+    if layers == "relu":
+        draws = torch.rand(out.shape, generator=rng.generator(0, "masks"))
+        assert (out[draws < 0.3] == 0).all()
+
+
+# Weights with parametrizations of their own
+
+
+def normed(kind):
+    return nn.Sequential(kind(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+
+
+@pytest.mark.parametrize("kind", [parametrizations.weight_norm, parametrizations.spectral_norm])
+@pytest.mark.parametrize("fault", [AdSAF(sa0_rate=0.05, sa1_rate=0.05), MiBB(mac_error_rate=1e-3)])
+def test_a_training_step_with_a_parametrization_of_the_models_own(kind, fault):
+    model = built(normed, kind).train()
+    with inject(model, fault, quantization=FIXED, seed=1, errors="soft", draw_on="device") as injection:
+        with injection.weights_shared():
+            with injection.paused():
+                clean = model(X)
+            (clean.sum() + model(X).sum()).backward()
+    assert injection.record.hits > 0
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", [nn.Identity, parametrizations.orthogonal])
+def test_a_forward_without_gradients_takes_none_from_those_that_share_its_weights(kind):
+    found = []
+    for teacher in (False, True):
+        model = built(normed, lambda layer: layer if kind is nn.Identity else kind(layer)).train()
+        with inject(model, MiBB(mac_error_rate=1e-3), quantization=FIXED, seed=1, errors="soft") as injection:
+            with injection.weights_shared(), injection.paused():
+                if teacher:
+                    with torch.no_grad():
+                        model(X)
+                model(X).square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_a_bound_is_a_multiple_of_the_weights_that_a_parametrization_gives():
+    model = built(normed, parametrizations.spectral_norm)
+    with torch.no_grad():
+        model[0].parametrizations.weight.original.mul_(40.0)
+        wanted = float(model[0].weight.std())
+    bound(model, weights=WeightBound(std_multiple=2.0))
+    assert float(stored_bound(model[0], "weight_bound")) == power_of_two(2.0 * wanted) < 1.0
+
+
+def test_weights_that_torch_keeps_between_forwards_are_refused():
+    model = built(normed, parametrizations.weight_norm)
+    with torch.no_grad(), inject(model, AdSAF(), quantization=FIXED, seed=1, errors="soft"):
+        with parametrize.cached(), pytest.raises(RuntimeError, match="call it outside of that"):
+            model(X)
+        model(X)
+
+
+def test_a_copy_of_a_layer_with_a_parametrized_bias_is_left_alone():
+    model = built(lambda: nn.Sequential(nn.Conv2d(3, 4, 3)))
+    parametrize.register_parametrization(model[0], "bias", nn.Identity())
+    other = nn.Sequential(*model)
+    other[0] = copy.deepcopy(model[0])
+    with torch.no_grad():
+        wanted = other(X)
+        with inject(model, AdSAF(sa0_rate=0.2, sa1_rate=0.2), quantization=FIXED, seed=1):
+            assert torch.equal(other(X), wanted) and not torch.equal(model(X), wanted)
+        assert torch.equal(model(X), wanted)
+
+
+def test_a_weight_that_is_no_part_of_the_state_stays_none():
+    def made():
+        layer = nn.Conv2d(3, 4, 3)
+        weight = layer.weight.detach().clone()
+        del layer.weight
+        layer.register_buffer("first", torch.zeros(1))
+        layer.register_buffer("weight", weight, persistent=False)
+        layer.register_buffer("last", torch.ones(1))
+        return nn.Sequential(layer)
+
+    model = built(made)
+    before, buffers = list(model.state_dict()), [name for name, _ in model.named_buffers()]
+    with torch.no_grad(), inject(model, AdSAF(), quantization=FIXED, seed=1):
+        model(X)
+    assert list(model.state_dict()) == before == ["0.bias", "0.first", "0.last"]
+    assert [name for name, _ in model.named_buffers()] == buffers
+
+
+def test_a_state_has_its_order_inside_a_block_too():
+    model = built(normed, lambda layer: layer)
+    names = list(model.state_dict())
+    with inject(model, AdSAF(), quantization=FIXED, seed=1):
+        assert list(model.state_dict()) == names
+        model(X)
+
+
+# Modes, seeds, number formats
+
+
+@pytest.mark.parametrize("faults", [(), (AdSAF(sa0_rate=0.1, sa1_rate=0.1),), (MiBB(mac_error_rate=1e-3),)])
+def test_gradients_through_frozen_weights_after_a_forward_in_inference_mode(faults):
+    model = built(normed, lambda layer: layer).requires_grad_(False)
+    x = X.clone().requires_grad_()
+    with inject(model, *faults, quantization=FIXED, seed=1):
+        with torch.inference_mode():
+            model(X)
+        model(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_a_score_of_images_that_inference_mode_made():
+    model = built(normed, lambda layer: layer)
+    labels = torch.zeros(4, dtype=torch.int64)
+    with torch.inference_mode():
+        images = X * 1
+    with inject(model, MiBB(mac_error_rate=1e-3), quantization=FIXED, seed=1, errors="soft") as injection:
+        found = score(model, injection, [(images, labels)], alpha_r=0.5)
+        assert found == score(model, injection, [(X.clone(), labels)], alpha_r=0.5)
+
+
+def test_the_same_number_is_the_same_seed_whatever_its_type():
+    wanted = rng.seed_for(3, "layer", 1)
+    for seed, label in ((np.int64(3), np.uint8(1)), (torch.tensor(3), torch.tensor(1)), (3, True)):
+        assert rng.seed_for(seed, "layer", label) == wanted
+    model = built(normed, lambda layer: layer)
+    found = []
+    for draw in (7, np.int64(7), torch.tensor(7)):
+        with torch.no_grad(), inject(model, MiBB(mac_error_rate=1e-2), quantization=FIXED, seed=1) as injection:
+            injection.draw = draw
+            found.append(model(X))
+            assert injection.draw == 8
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    for wrong in (3.0, "3", None):
+        with pytest.raises(ValueError, match="are integers, got"):
+            rng.seed_for(wrong, "layer")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        MiBB(mac_error_rate=1e-2),
+        NeuronByzantine(rate=0.1, capacity=1.0),
+        NeuronCrash(rate=0.1),
+        LogNormalVariation(sigma=0.2),
+        WeightBitFlip(bit_error_rate=0.01),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_draw_is_the_same_under_another_default_number_format(fault, dtype, tmp_path):
+    model, found = built(normed, lambda layer: layer), []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            with torch.no_grad(), inject(model, fault, quantization=FIXED, seed=1) as injection:
+                found.append(model(X))
+                injection.plans().save(tmp_path / "plans.npz")
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*found)
+
+
+def test_lazy_layers_are_refused_before_their_first_forward():
+    model = nn.Sequential(nn.LazyConv2d(4, 3))
+    with pytest.raises(ValueError, match="run it once before inject"):
+        inject(model, AdSAF(), quantization=FIXED)
+    model(X)
+    with inject(model, AdSAF(), quantization=FIXED):
+        model(X)

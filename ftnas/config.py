@@ -152,6 +152,15 @@ class RunConfig(Settings):
                 "hardware.defects is a device to train for, and nothing here trains under faults, so that it has no "
                 "effect; add a train section with alpha_l above 0, or remove it"
             )
+        if self.train is not None:
+            twice = next((name for name in self.models if name in self.train.models), None)
+            if twice is not None:
+                raise ValueError(f"models.{twice}: train.models has one of that name; call one of them otherwise")
+            if self.campaign is not None and self.campaign.interval == "bootstrap" and len(self.train.seeds) > 1:
+                raise ValueError(
+                    "campaign.interval is for one training seed, and has no effect on several: reports give the "
+                    "interval over them; remove it"
+                )
         looks = self.evaluates or self.bounds is not None
         if self.models and not looks:
             raise ValueError("models are for a campaign or bounds, and there is none; add one or remove them")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ from ftnas.campaign import Subject, run_campaign
 from ftnas.config import SEARCHES, GivenModel, RunConfig
 from ftnas.data import ImageSet, load, stratified_split
 from ftnas.derive import WINNER
-from ftnas.models import ModelConfig, call_factory, check_state, count, describe, load_model
+from ftnas.models import ModelConfig, build_spec, call_factory, check_state, count, describe, load_model
 from ftnas.parallel import SearchJob, check_ranks, search_on_ranks
 from ftnas.progress import say
 from ftnas.protection import run_protection
@@ -83,6 +85,47 @@ class Pipeline:
             )
         self.run.describe(**{name: images.digest})
 
+    def _check_file(self, setting: str, name: str | None) -> None:
+        """Note a file that the config names by its digest; a ValueError where it was changed since."""
+        if name is None or not Path(name).is_file():
+            return  # a shipped one, or one that is missing, which whoever reads it says
+        digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        known: dict[str, str] = self.run.info.get("files", {})
+        if known.get(setting, digest) != digest:
+            raise ValueError(
+                f"{setting}: {name} was changed since {self.run.path} began with it; restore it, or begin another run "
+                "with --out"
+            )
+        self.run.describe(files={**known, setting: digest})
+
+    def _check_ahead(self) -> None:
+        """Find mistakes in what follows before hours are spent: the config of a run cannot be changed afterwards.
+
+        Every model that is to be trained and known already meets every sweep of the campaign on one blank image.
+
+        Raises:
+            ValueError: A file of the given models is missing, or a fault model does not fit a model.
+        """
+        for name, given in self.config.models.items():
+            path = given.file or given.checkpoint
+            if path is not None and not Path(path).is_file():
+                raise ValueError(f"models.{name}: no file {path}, which is needed once the trainings are done")
+        stage, campaign = self.config.train, self.config.campaign
+        for name, model in stage.models.items() if stage is not None and campaign is not None else ():
+            if model.genotype in SEARCHES and not self.run.stage(model.genotype).file(WINNER).exists():
+                continue
+            assert stage is not None and campaign is not None
+            training = self._training(name, stage.seeds[0])
+            network = build_spec(training.spec, seed=0, allow_factory=True, start=model.start).eval()
+            for sweep in campaign.sweeps:
+                under = self.config.hardware.with_fault(sweep.fault, *sweep.also)
+                try:
+                    with warnings.catch_warnings(), torch.no_grad(), under.inject(network, seed=0):
+                        warnings.simplefilter("ignore")
+                        network(torch.zeros(1, *self.train_images.shape))
+                except (ValueError, RuntimeError) as error:
+                    raise ValueError(f"campaign: {sweep.label} on {name}: {error}") from None
+
     def search(self, which: str = "search") -> Genotype:
         """Run one of the config's searches, or go on with it; a finished one is read."""
         config: SearchConfig | None = getattr(self.config, which)
@@ -91,6 +134,9 @@ class Pipeline:
         folder = self.run.stage(which)
         if folder.file(WINNER).exists():
             return Genotype.load(folder.file(WINNER))
+        self._check_file("hardware.defects", self.config.hardware.defects)
+        self._check_file(f"{which}.space", config.space)
+        self._check_ahead()
         _say_unreached(config.weights, config.epochs, where=f"{which}.weights")
         job = SearchJob(
             config,
@@ -117,9 +163,14 @@ class Pipeline:
         stage = self.config.train
         if stage is None:
             raise ValueError(f"the config {self.config.name!r} has no train section")
+        self._check_file("hardware.defects", self.config.hardware.defects)
+        for name, model in stage.models.items():
+            for key in ("genotype", "space", "start"):
+                self._check_file(f"train.models.{name}.{key}", getattr(model, key))
         trainings = [self._training(name, seed) for name in stage.models for seed in stage.seeds]
         failures: list[Failure] = []
         if not all(training.done for training in trainings):
+            self._check_ahead()
             _say_unreached(stage.recipe, stage.recipe.epochs, where="train.recipe")
             if self.config.pool.workers:
                 failures = train_on_workers(
@@ -181,7 +232,7 @@ class Pipeline:
         return self.run.stage("train").stage(f"{name}/seed-{train_seed}")
 
     def _resolved(self, name: str, model: ModelConfig) -> ModelConfig:
-        """Replace ``genotype: search`` by the file that the search wrote."""
+        """Replace ``genotype: search`` by the file that the search wrote, in that search's space."""
         if model.genotype not in SEARCHES:
             return model
         path = self.run.stage(model.genotype).file(WINNER)
@@ -189,7 +240,9 @@ class Pipeline:
             raise ValueError(
                 f"train.models.{name} needs {path}; run `ftnas search --resume {quoted(self.run.path)}` first"
             )
-        return model.model_copy(update={"genotype": str(path)})
+        search: SearchConfig | None = getattr(self.config, model.genotype)
+        assert search is not None
+        return model.model_copy(update={"genotype": str(path), "space": model.space or search.space})
 
     def _training(self, name: str, train_seed: int) -> Training:
         config, stage, images = self.config, self.config.train, self.train_images
@@ -227,6 +280,7 @@ class Pipeline:
                     raise ValueError(f"{path} is missing; run `ftnas train --resume {quoted(self.run.path)}` first")
                 yield self._subject(name, path, allow_factory=True, train_seed=train_seed)
         for name, given in self.config.models.items():
+            self._check_file(f"models.{name}", given.file or given.checkpoint)
             if given.file is not None:
                 yield self._subject(name, Path(given.file), allow_factory=False)
                 continue

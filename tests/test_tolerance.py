@@ -140,7 +140,8 @@ def test_other_failures(tmp_path, failures):
     with isolated(0, "net"):
         model = baselines.create("resnet20", width=0.25, image_size=8, in_channels=1).eval()
     images = load(read_config("tolerance").data, "test").subset(torch.arange(2))
-    config = ToleranceConfig(failures=Failures(**failures), bits=(8,), failing=(1,), draws=2)
+    runs = {} if "component" in failures else {"failing": (1,), "draws": 2}
+    config = ToleranceConfig(failures=Failures(**failures), bits=(8,), **runs)
     subject = Subject("net", 0, "none", count(model, images.shape), lambda: model)
     folder = Folder(tmp_path)
     numbers = bound_model(subject, images, config=config, seed=0, folder=folder)
@@ -161,7 +162,11 @@ def test_other_failures(tmp_path, failures):
         ({"shares": 0.5}, "bounds.shares: unknown key; did you mean 'share'?"),
         ({"budget": 0.0}, "bounds.budget"),
         ({"bits": [40]}, "bits"),
-        ({"failures": {"component": "synapse"}}, "local_images are for single neurons"),
+        ({"failures": {"component": "synapse"}}, "failing has no effect on failing synapses"),
+        (
+            {"failures": {"unit": "channel", "kind": "byzantine", "capacity": 1.0}},
+            "local_images are for single neurons",
+        ),
     ],
 )
 def test_a_wrong_config_is_one_line(tmp_path, capsys, changes, message):

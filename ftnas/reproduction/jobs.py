@@ -185,9 +185,10 @@ def train(job: Job) -> None:
         return
     config = job.config
     if job.searches:
-        path = _search(job)
-        assert config.train is not None
-        model = config.train.models[job.model].model_copy(update={"genotype": str(path)})
+        path, search = _search(job), config.search
+        assert config.train is not None and search is not None
+        model = config.train.models[job.model]
+        model = model.model_copy(update={"genotype": str(path), "space": model.space or search.space})
         stage = config.train.model_copy(update={"models": {job.model: model}})
         config = config.model_copy(update={"train": stage})
     config = config.model_copy(update={"search": None, "control": None, "campaign": None})

@@ -1,0 +1,113 @@
+"""A run and the files that its config names: spaces, weights, devices; mistakes that are found before the work."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from test_cli import TRAIN, ftnas
+
+from ftnas.faults import AdSAF, inject
+from ftnas.models import ModelConfig, build, describe, save_model
+from ftnas.quantize import FixedPoint
+from ftnas.space import load_space
+
+SEARCH = [
+    "control=null",
+    "threads=1",
+    "data.subset=200",
+    "search.epochs=1",
+    "search.warmup_epochs=0",
+    "search.weights.batch_size=64",
+    "search.controller_steps=1",
+    "search.rollouts=2",
+    "search.derive.samples=2",
+    "search.derive.finalists=1",
+    "train.models={searched: {genotype: search}}",
+    "train.recipe.epochs=1",
+    "campaign=null",
+]
+ONE = [*TRAIN, "data.subset=200", "train.recipe.batch_size=64", "campaign.devices=1", "campaign.images=20"]
+
+
+@pytest.mark.parametrize("name", ["small-8x8", "my-space"])
+def test_what_a_search_found_is_trained_in_its_own_space(name, tmp_path):
+    """A space of one's own may bear the name of a shipped one, or one that nothing else knows."""
+    data = load_space("small-8x8").model_dump(mode="json")
+    path = tmp_path / "bigger.yaml"
+    path.write_text(yaml.safe_dump(data | {"name": name, "channels": 6, "cells": 4}))
+    assert ftnas("run", "quickstart", *SEARCH, f"search.space={path}", "--out", tmp_path / "run") == 0
+    spec = torch.load(tmp_path / "run" / "train" / "model.pt", weights_only=True)["spec"]
+    assert (spec["space"]["channels"], spec["space"]["cells"]) == (6, 4)
+
+
+NET = ModelConfig(baseline="resnet20", width=0.25)
+SIZES = {"num_classes": 10, "in_channels": 1, "image_size": 8}
+
+
+def write_weights(path, seed):
+    save_model(path, build(NET, **SIZES, seed=seed), describe(NET, **SIZES), {})
+
+
+def write_device(path, seed):
+    model = build(NET, **SIZES, seed=0)
+    with torch.no_grad(), inject(model, AdSAF(), quantization=FixedPoint(), seed=seed, layers="conv2d") as injection:
+        model.eval()(torch.zeros(1, 1, 8, 8))
+    injection.plans().save(path)
+
+
+def write_space(path, seed):
+    data = load_space("small-8x8").model_dump(mode="json")
+    path.write_text(yaml.safe_dump(data | {"channels": 6 + 2 * seed}))
+
+
+FILES = {
+    "models.given": ("campaign", write_weights, [*ONE, "train=null", "models={given: {file: 'FILE'}}"]),
+    "train.models.net.start": ("train", write_weights,
+                               [*ONE, "train.models={net: {baseline: resnet20, width: 0.25, start: 'FILE'}}"]),
+    "hardware.defects": ("train", write_device, [*ONE, "campaign=null", "hardware={defects: 'FILE'}"]),
+    "search.space": ("search", write_space, [*SEARCH, "search.space=FILE"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", FILES)
+def test_a_run_does_not_go_on_with_a_file_that_was_changed(setting, tmp_path, capsys):
+    command, write, overrides = FILES[setting]
+    path, run = tmp_path / "file.pt", tmp_path / "run"
+    write(path, 0)
+    before = path.read_bytes()
+    assert ftnas(command, "quickstart", *(text.replace("FILE", str(path)) for text in overrides), "--out", run) == 0
+    assert setting in json.loads((run / "run.json").read_text())["files"]
+    for made in (*run.rglob("genotype.json"), *run.rglob("records.jsonl")):
+        made.unlink()  # as in a run that was cut
+    write(path, 1)
+    assert path.read_bytes() != before
+    capsys.readouterr()
+    assert ftnas(command, "--resume", run) == 2
+    said = capsys.readouterr().err
+    assert f"error: {setting}: {path} was changed since {run} began with it" in said and "Traceback" not in said
+    path.write_bytes(before)
+    assert ftnas(command, "--resume", run) == 0
+
+
+AHEAD = {
+    "bits": (["campaign.sweeps.0.fault.where={bits: [9]}"], "campaign: mibb on net: "),
+    "layers": (
+        ["campaign.sweeps.0.fault.where={layers: ['nothing*']}"],
+        "campaign: mibb on net: layers='nothing*' matches no layer",
+    ),
+    "file": (["models={given: {file: gone.pt}}"], "models.given: no file gone.pt, which is needed once"),
+    "name": (["models={net: {file: gone.pt}}"], "models.net: train.models has one of that name"),
+    "interval": (["train.seeds=[0, 1]", "campaign.interval=bootstrap"], "is for one training seed"),
+    "experiments": (["single_faults=[{fault: {name: mibb}, exhaustive: true, margin: 0.1}]"], "remove either"),
+    "unreadable": (["data.unreadable=skip"], "concerns files of image_folder only"),
+}
+
+
+@pytest.mark.parametrize("mistake", AHEAD)
+def test_a_mistake_in_what_is_measured_is_told_before_the_training(mistake, tmp_path, capsys):
+    changes, message = AHEAD[mistake]
+    run = tmp_path / "run"
+    assert ftnas("run", "quickstart", *ONE, *changes, "--out", run) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and not run.exists()

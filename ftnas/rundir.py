@@ -249,6 +249,10 @@ class RunDir(Folder):
         """Add facts for the report to ``run.json``, e.g. ``dataset_digest=...``; an old value is replaced."""
         self.write_json("run.json", {**self.info, **facts})
 
+    def made_anything(self) -> bool:
+        """Tell whether there is a file beyond those that every run begins with."""
+        return any(p.name not in _OWN or p.parent != self.path for p in self.path.rglob("*") if not p.is_dir())
+
     def close(self) -> None:
         """Close the TensorBoard writers, remove the run that was replaced, and let another process have this one."""
         super().close()
@@ -261,7 +265,7 @@ class RunDir(Folder):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._new and kind is not None and issubclass(kind, ValueError) and not self._made_anything():
+        if self._new and kind is not None and issubclass(kind, ValueError) and not self.made_anything():
             self._withdraw()
         self.close()
 
@@ -274,10 +278,6 @@ class RunDir(Folder):
         if self._replaced is not None:
             os.rename(self._replaced, self.path)
             self._replaced = None
-
-    def _made_anything(self) -> bool:
-        """Tell whether there is a file beyond those that every run begins with."""
-        return any(p.name not in _OWN or p.parent != self.path for p in self.path.rglob("*") if not p.is_dir())
 
 
 def quoted(path: str | Path) -> str:

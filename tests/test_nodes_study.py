@@ -12,6 +12,7 @@ from ftnas.nodes import Failout, patterns
 from ftnas.nodes.fitting import Fit, build, split, train_all, trained
 from ftnas.nodes.measuring import evaluate_all, table
 from ftnas.nodes.study import FOLDER, NodesConfig, Variant, open_study, read_nodes_config
+from ftnas.rundir import RunDir
 from ftnas.settings import parse
 from ftnas.shipped import shipped_names
 
@@ -126,6 +127,26 @@ def test_a_folder_in_which_nothing_is_trained_is_replaced(tmp_path):
         train_all(config, run)
     with pytest.raises(ValueError, match="holds a run of another config, epochs differs"):
         open_study(path, out, overrides=["seeds=1"])
+
+
+def test_another_run_is_never_replaced(tmp_path):
+    path, out = write(tmp_path / "c.yaml"), tmp_path / "run"
+    RunDir.create(out, {"version": 1, "name": "campaign"}).close()
+    with pytest.raises(ValueError, match="holds a run that is no study of nodes; give another --out"):
+        open_study(path, out)
+    study = open_study(path, tmp_path / "study")[1]
+    study.write_text("records.jsonl", "")
+    study.close()
+    with pytest.raises(ValueError, match="holds a run of another config, seeds differs"):
+        open_study(path, tmp_path / "study", overrides=["seeds=3"])
+    assert (out / "config.yaml").exists() and (tmp_path / "study" / "records.jsonl").exists()
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "run").mkdir()
+    _, run = open_study(write(tmp_path / "c.yaml"), tmp_path / "run")
+    run.close()
+    assert (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_an_interrupted_training_goes_on_to_the_same_model(tmp_path, monkeypatch):

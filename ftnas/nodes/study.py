@@ -264,23 +264,25 @@ def open_study(
 ) -> tuple[NodesConfig, RunDir]:
     """Read a config and open its run folder, made when missing; ``live`` and ``compare`` may differ from the folder's.
 
-    A folder of another config in which nothing is trained yet is replaced.
+    A study of another config that has made nothing yet is replaced.
 
     Raises:
-        ValueError: The folder belongs to another config.
+        ValueError: The folder holds another run, or files and no run.
     """
     config = read_nodes_config(name_or_path, overrides)
     plain = config.model_dump(mode="json")
-    folder = out if out is not None else Path("runs") / config.name
-    if not folder.exists():
+    folder = (out if out is not None else Path("runs") / config.name).expanduser()
+    if not any(folder.glob("*")):
         return config, RunDir.create(folder, plain)
     run = RunDir.open(folder)
-    for key in plain.keys() | run.config.keys():
+    of_nodes = "partition" in run.config
+    for key in {**plain, **run.config}:
         if key not in ("live", "compare") and run.config.get(key) != plain.get(key):
             run.close()
-            if not any(folder.rglob("*.pt")):
+            if of_nodes and not run.made_anything():
                 return config, RunDir.create(folder, plain, overwrite=True)
-            raise ValueError(f"{folder} holds a run of another config, {key} differs; give another --out or remove it")
+            what = f"a run of another config, {key} differs" if of_nodes else "a run that is no study of nodes"
+            raise ValueError(f"{folder} holds {what}; give another --out or remove it")
     return config, run
 
 

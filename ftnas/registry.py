@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -15,8 +16,8 @@ class Registry(Generic[T]):
     """A table from name to class or function, for one kind of thing.
 
     A name that holds a colon, ``package.module:Name``, is imported instead of looked up. Pass
-    ``allow_import=True`` only for names that come from the user's own config, never for one that was read from a
-    genotype, a checkpoint or a run folder.
+    ``allow_import=True`` only for names that come from the user's own config, as a run folder records it, never for
+    one that was read from a genotype, a checkpoint or a file of plans.
     """
 
     def __init__(self, kind: str) -> None:
@@ -69,3 +70,9 @@ def import_name(name: str, kind: str = "object") -> Any:
     if not hasattr(module, attribute):
         raise ValueError(f"{kind} {name!r}: module {module_name!r} has no {attribute!r}")
     return getattr(module, attribute)
+
+
+def import_path(found: type) -> str | None:
+    """Return the ``package.module:Name`` that `import_name` finds a class under; None where it finds none."""
+    at_top = getattr(sys.modules.get(found.__module__), found.__qualname__, None) is found
+    return f"{found.__module__}:{found.__qualname__}" if at_top else None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ftnas import devices
 from ftnas.quantize import FixedPoint, FloatFormat, Grid
-from ftnas.registry import Registry
+from ftnas.registry import Registry, import_path
 from ftnas.settings import Settings, parse
 
 Index = Annotated[int, Field(ge=0)]
@@ -283,3 +283,13 @@ def create_fault(data: Mapping[str, Any], *, where: str = "fault", allow_import:
         raise ValueError(f"{where}: expected keys and values with a name, got {data!r}; there is: {', '.join(FAULTS)}")
     fault = FAULTS.get(str(data["name"]), allow_import=allow_import)
     return parse(fault, {key: value for key, value in data.items() if key != "name"}, where=where)
+
+
+def config_data(fault: Fault) -> dict[str, Any]:
+    """Return what `create_fault` makes the same fault model of; a user's own class is named ``package.module:Name``.
+
+    The short name of such a class would be known only where its module has been imported already.
+    """
+    cls = type(fault)
+    own = None if cls.__module__.startswith("ftnas.") else import_path(cls)
+    return {"name": own or fault.name, **fault.model_dump()}

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, PlainSerializer, field_validator, model_validator
 from torch import nn
 
-from ftnas.faults.base import Fault, Where, create_fault
+from ftnas.faults.base import Fault, Where, config_data, create_fault
 from ftnas.faults.defects import KIND as DEFECT_MAP
 from ftnas.faults.defects import DefectMap
 from ftnas.faults.drawing import DrawOn
@@ -25,11 +25,7 @@ def _to_fault(value: Any) -> Fault:
     return value if isinstance(value, Fault) else create_fault(value)
 
 
-def _to_data(fault: Fault) -> dict[str, Any]:
-    return {"name": fault.name, **fault.model_dump()}
-
-
-AnyFault = Annotated[Fault, BeforeValidator(_to_fault), PlainSerializer(_to_data)]
+AnyFault = Annotated[Fault, BeforeValidator(_to_fault), PlainSerializer(config_data)]
 """A fault model in settings: ``{name: mibb, mac_error_rate: 1.0e-4}``."""
 
 

@@ -1,0 +1,93 @@
+"""Fault models of the user's own, named ``package.module:Name`` in a config."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import yaml
+from test_cli import ftnas
+
+from ftnas.config import config_from
+from ftnas.faults import FAULTS, MiBB
+from ftnas.faults.base import config_data
+from ftnas.faults.hardware import Hardware
+
+OWN = """
+from typing import ClassVar
+
+from ftnas.faults import FAULTS, WeightBitFlip
+
+
+@FAULTS.register("own_flip")
+class OwnFlip(WeightBitFlip):
+    name: ClassVar[str] = "own_flip"
+"""
+FAULT = {"name": "own_package.faults:OwnFlip", "bit_error_rate": 0.01}
+CONFIG = {
+    "version": 1,
+    "name": "own",
+    "threads": 1,
+    "data": {"name": "digits", "subset": 200},
+    "hardware": {"fault": FAULT, "also": [FAULT]},
+    "train": {
+        "recipe": {"epochs": 1, "batch_size": 50, "lr": 0.1, "alpha_l": 0.5},
+        "models": {"net": {"baseline": "resnet8", "width": 0.25}},
+    },
+    "campaign": {"sweeps": [{"fault": FAULT, "also": [FAULT], "rates": [0.01]}], "devices": 1},
+    "single_faults": [{"fault": FAULT, "images": 2, "margin": 0.4, "minimum": 1}],
+    "protections": [{"fault": FAULT, "method": "ecc", "budget": 0.5, "devices": 2, "images": 20}],
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with own_package.faults; ``forget`` makes this process like one that has not imported it."""
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "faults.py").write_text(OWN)
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(CONFIG))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(FAULTS, "_entries", dict(FAULTS._entries))
+    yield tmp_path
+    forget()
+
+
+def forget():
+    FAULTS._entries.pop("own_flip", None)
+    for name in [name for name in sys.modules if name.split(".")[0] == "own_package"]:
+        sys.modules.pop(name)
+
+
+def names_in(data):
+    """Return the name of every fault in a config."""
+    sections = [data["hardware"], *data["campaign"]["sweeps"], *data["single_faults"], *data["protections"]]
+    faults = [fault for section in sections for fault in (section["fault"], *section.get("also", ()))]
+    return {fault["name"] for fault in faults}
+
+
+def test_a_run_with_an_own_fault_model_goes_on_to_the_same_result(place):
+    assert ftnas("run", "own.yaml", "--out", "whole") == 0
+    forget()
+    assert ftnas("train", "own.yaml", "--out", "cut") == 0
+    forget()
+    assert ftnas("run", "--resume", "cut") == 0
+    for name in ("records.jsonl", "single.jsonl", "protection.jsonl"):
+        text = (place / "cut" / name).read_text()
+        assert text == (place / "whole" / name).read_text() and '"own_flip' in text and "own_package" not in text
+    assert names_in(yaml.safe_load((place / "cut" / "config.yaml").read_text())) == {FAULT["name"]}
+
+
+def test_a_config_names_an_own_class_by_its_path_and_a_shipped_one_by_its_name(place):
+    assert names_in(config_from(CONFIG).model_dump(mode="json")) == {FAULT["name"]}
+    shipped = Hardware(fault={"name": "ftnas.faults:MiBB", "mac_error_rate": 0.1})
+    assert shipped.model_dump()["fault"]["name"] == "mibb"
+    for name in set(FAULTS) - {"own_flip"}:
+        assert config_data(FAULTS.get(name).model_construct())["name"] == name
+
+
+def test_an_own_class_that_nothing_can_import_keeps_its_name():
+    class Local(MiBB):
+        pass
+
+    assert Hardware(fault=Local(mac_error_rate=0.1)).model_dump()["fault"]["name"] == "mibb"

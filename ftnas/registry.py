@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from ftnas.settings import did_you_mean
@@ -61,15 +61,48 @@ class Registry(Generic[T]):
 
 
 def import_name(name: str, kind: str = "object") -> Any:
-    """Import ``package.module:Name`` and return it; a ValueError says which half is missing."""
+    """Import ``package.module:Name`` and return it.
+
+    Raises:
+        ValueError: One line: which half is missing, or what the module raised when it was imported.
+    """
     module_name, _, attribute = name.partition(":")
+    if not module_name or module_name.startswith("."):
+        raise ValueError(f"{kind} {name!r}: write package.module:Name, with the whole name of the module")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(f"{kind} {name!r}: cannot import module {module_name!r} ({error})") from None
+    except (Exception, SystemExit) as error:  # the user's own code
+        raise ValueError(
+            f"{kind} {name!r}: importing module {module_name!r} raised {type(error).__name__}: {error} "
+            "(FTNAS_DEBUG=1 shows where)"
+        ) from error
     if not hasattr(module, attribute):
         raise ValueError(f"{kind} {name!r}: module {module_name!r} has no {attribute!r}")
     return getattr(module, attribute)
+
+
+def check_class(found: Any, base: type, *, where: str, needs: Sequence[str] = ()) -> None:
+    """Refuse what a config names, unless it is a subclass of ``base`` with all methods.
+
+    Args:
+        found: What was imported.
+        base: The contract.
+        where: Prefix of messages.
+        needs: Attributes that the class must have too.
+
+    Raises:
+        ValueError: It is something else, or the class lacks a method or an attribute.
+    """
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{where}: expected a subclass of {base.__module__}.{base.__name__}, got {found!r}")
+    missing = [
+        *sorted(getattr(found, "__abstractmethods__", ())),
+        *(name for name in needs if not hasattr(found, name)),
+    ]
+    if missing:
+        raise ValueError(f"{where}: {found.__name__} lacks {', '.join(missing)}; define what {base.__name__} asks for")
 
 
 def import_path(found: type) -> str | None:

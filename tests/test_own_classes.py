@@ -1,4 +1,4 @@
-"""Fault models of the user's own, named ``package.module:Name`` in a config."""
+"""Fault models, controllers and networks of the user's own, named ``package.module:Name`` in a config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import yaml
 from test_cli import ftnas
 
 from ftnas.config import config_from
-from ftnas.faults import FAULTS, MiBB
+from ftnas.controllers.base import controller_class
+from ftnas.faults import FAULTS, MiBB, create_fault
 from ftnas.faults.base import config_data
 from ftnas.faults.hardware import Hardware
 
@@ -91,3 +92,57 @@ def test_an_own_class_that_nothing_can_import_keeps_its_name():
         pass
 
     assert Hardware(fault=Local(mac_error_rate=0.1)).model_dump()["fault"]["name"] == "mibb"
+
+
+MISTAKES = {
+    "no subclass": ("own_package.wrong:Other", "expected a subclass of ftnas."),
+    "function": ("own_package.wrong:function", "expected a subclass of ftnas."),
+    "relative": (".wrong:Other", "write package.module:Name"),
+    "no module": (":Other", "write package.module:Name"),
+    "raises": ("own_package.raises:Any", "importing module 'own_package.raises' raised ZeroDivisionError: division by"),
+    "exits": ("own_package.exits:Any", "importing module 'own_package.exits' raised SystemExit: 3"),
+}
+WRONG = """
+from ftnas.controllers import Controller
+from ftnas.faults import Fault
+
+class Other: pass
+class HalfFault(Fault): pass
+class HalfController(Controller): pass
+def function(): pass
+"""
+
+
+@pytest.fixture
+def wrong(place):
+    for name, text in (("wrong", WRONG), ("raises", "1 / 0"), ("exits", "raise SystemExit(3)")):
+        (place / "own_package" / f"{name}.py").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [*MISTAKES.values(), ("own_package.wrong:HalfFault", "HalfFault lacks apply_, sample, name, target, rate_name;")],
+)
+def test_what_is_no_fault_model_is_told_in_one_line(name, message, wrong):
+    with pytest.raises(ValueError, match=f"fault model '{name}': .*{message}") as error:
+        create_fault({"name": name})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [*MISTAKES.values(), ("own_package.wrong:HalfController", "HalfController lacks ask, .*, Config; define what")],
+)
+def test_what_is_no_controller_is_told_in_one_line(name, message, wrong):
+    with pytest.raises(ValueError, match=f"controller '{name}': .*{message}") as error:
+        controller_class(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["relative", "raises", "exits"])
+def test_a_factory_that_cannot_be_imported_leaves_no_run_behind(kind, place, wrong, capsys):
+    name, message = MISTAKES[kind]
+    assert ftnas("train", "own.yaml", f"train.models={{net: {{factory: '{name}'}}}}", "--out", "run") == 2
+    printed = capsys.readouterr().err
+    assert f"error: factory '{name}': {message}" in printed and "Traceback" not in printed
+    assert not (place / "run").exists()

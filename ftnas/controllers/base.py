@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 import torch
 from pydantic import BeforeValidator, SerializeAsAny
 
-from ftnas.registry import Registry
+from ftnas.registry import Registry, check_class
 from ftnas.rng import generator
 from ftnas.settings import Settings, parse
 from ftnas.space.genotype import Genotype
@@ -147,11 +147,10 @@ def controller_class(name: str) -> type[Controller]:
     """Return the controller of a registered name, or of ``package.module:Name`` from the user's own config.
 
     Raises:
-        ValueError: There is no such controller, or what is imported is not one.
+        ValueError: There is no such controller, or what is imported is none, or lacks something.
     """
     cls = CONTROLLERS.get(name, allow_import=True)
-    if not (isinstance(cls, type) and issubclass(cls, Controller)):
-        raise ValueError(f"controller {name!r}: expected a subclass of ftnas.controllers.Controller, got {cls!r}")
+    check_class(cls, Controller, where=f"controller {name!r}", needs=("Config",))
     return cls
 
 

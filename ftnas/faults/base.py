@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ftnas import devices
 from ftnas.quantize import FixedPoint, FloatFormat, Grid
-from ftnas.registry import Registry, import_path
+from ftnas.registry import Registry, check_class, import_path
 from ftnas.settings import Settings, parse
 
 Index = Annotated[int, Field(ge=0)]
@@ -271,6 +271,17 @@ class Fault(Settings, ABC):
 FAULTS: Registry[type[Fault]] = Registry("fault model")
 
 
+def fault_class(name: str, *, allow_import: bool = True) -> type[Fault]:
+    """Return the fault model of a registered name, or of ``package.module:Name`` from the user's own config.
+
+    Raises:
+        ValueError: There is no such model, or what is imported is none, or lacks something.
+    """
+    cls = FAULTS.get(name, allow_import=allow_import)
+    check_class(cls, Fault, where=f"fault model {name!r}", needs=("name", "target", "rate_name"))
+    return cls
+
+
 def create_fault(data: Mapping[str, Any], *, where: str = "fault", allow_import: bool = True) -> Fault:
     """Build a fault model from config data such as ``{"name": "mibb", "mac_error_rate": 1e-4}``.
 
@@ -281,7 +292,7 @@ def create_fault(data: Mapping[str, Any], *, where: str = "fault", allow_import:
     """
     if not isinstance(data, Mapping) or "name" not in data:
         raise ValueError(f"{where}: expected keys and values with a name, got {data!r}; there is: {', '.join(FAULTS)}")
-    fault = FAULTS.get(str(data["name"]), allow_import=allow_import)
+    fault = fault_class(str(data["name"]), allow_import=allow_import)
     return parse(fault, {key: value for key, value in data.items() if key != "name"}, where=where)
 
 

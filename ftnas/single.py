@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ftnas.campaign import Subject
 from ftnas.data import ImageSet
 from ftnas.evaluate import NONFINITE, top1
-from ftnas.faults import FAULTS, Fault, Injection, Plan, PlanSet, Site, inject
+from ftnas.faults import Fault, Injection, Plan, PlanSet, Site, inject
+from ftnas.faults.base import fault_class
 from ftnas.faults.drawing import Key
 from ftnas.faults.hardware import AnyFault, Hardware
 from ftnas.faults.where import allowed_cells
@@ -30,9 +31,9 @@ SCHEMA = 1
 
 def _without_rate(value: Any) -> Any:
     """Fill in a rate, which a single fault does not have, where a config leaves it out."""
-    if not isinstance(value, Mapping) or value.get("name") not in FAULTS:
+    if not isinstance(value, Mapping) or "name" not in value:
         return value
-    fault = FAULTS.get(value["name"])
+    fault = fault_class(str(value["name"]))
     field = fault.model_fields.get(fault.rate_name)
     return {fault.rate_name: 0.0, **value} if field is not None and field.is_required() else value
 

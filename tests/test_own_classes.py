@@ -13,6 +13,8 @@ from ftnas.controllers.base import controller_class
 from ftnas.faults import FAULTS, MiBB, create_fault
 from ftnas.faults.base import config_data
 from ftnas.faults.hardware import Hardware
+from ftnas.settings import parse
+from ftnas.single import SingleFaultConfig
 
 OWN = """
 from typing import ClassVar
@@ -92,6 +94,13 @@ def test_an_own_class_that_nothing_can_import_keeps_its_name():
         pass
 
     assert Hardware(fault=Local(mac_error_rate=0.1)).model_dump()["fault"]["name"] == "mibb"
+
+
+def test_the_rate_of_an_own_single_fault_may_be_left_out(place):
+    single = SingleFaultConfig(fault={"name": FAULT["name"]})
+    assert single.fault.bit_error_rate == 0.0 and single.label == "own_flip"
+    with pytest.raises(ValueError, match="fault: unknown fault model 'own_flop'; did you mean 'own_flip'"):
+        parse(SingleFaultConfig, {"fault": {"name": "own_flop"}})
 
 
 MISTAKES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
@@ -61,7 +62,9 @@ class Registry(Generic[T]):
 
 
 def import_name(name: str, kind: str = "object") -> Any:
-    """Import ``package.module:Name`` and return it.
+    """Import ``package.module:Name`` and return it; from the current folder too, as in ``python -m``.
+
+    What is installed comes before the current folder.
 
     Raises:
         ValueError: One line: which half is missing, or what the module raised when it was imported.
@@ -69,10 +72,16 @@ def import_name(name: str, kind: str = "object") -> Any:
     module_name, _, attribute = name.partition(":")
     if not module_name or module_name.startswith("."):
         raise ValueError(f"{kind} {name!r}: write package.module:Name, with the whole name of the module")
+    here = os.path.abspath(os.curdir)
+    if here not in sys.path:
+        sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ValueError(f"{kind} {name!r}: cannot import module {module_name!r} ({error})") from None
+        raise ValueError(
+            f"{kind} {name!r}: cannot import module {module_name!r} ({error}); start in the folder that holds it, or "
+            "install it"
+        ) from None
     except (Exception, SystemExit) as error:  # the user's own code
         raise ValueError(
             f"{kind} {name!r}: importing module {module_name!r} raised {type(error).__name__}: {error} "

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from test_cli import ftnas
+from torch import nn
 
+from ftnas import cli
 from ftnas.config import config_from
 from ftnas.controllers.base import controller_class
 from ftnas.faults import FAULTS, MiBB, create_fault
 from ftnas.faults.base import config_data
 from ftnas.faults.hardware import Hardware
+from ftnas.models import load_model, save_model
+from ftnas.registry import import_name
 from ftnas.settings import parse
 from ftnas.single import SingleFaultConfig
 
@@ -155,3 +162,38 @@ def test_a_factory_that_cannot_be_imported_leaves_no_run_behind(kind, place, wro
     printed = capsys.readouterr().err
     assert f"error: factory '{name}': {message}" in printed and "Traceback" not in printed
     assert not (place / "run").exists()
+
+
+# The current folder
+
+
+def test_the_program_imports_from_the_current_folder(place):
+    small = {key: value for key, value in CONFIG.items() if key not in ("single_faults", "protections")}
+    (place / "own.yaml").write_text(yaml.safe_dump(small))
+    program = [sys.executable, "-P", "-m", "ftnas.cli"]  # -P: without the current folder, as the installed program
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    for command in (["train", "own.yaml", "--out", "run"], ["campaign", "--resume", "run"]):
+        done = subprocess.run(
+            [*program, *command], cwd=place, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert '"own_flip' in (place / "run" / "records.jsonl").read_text()
+
+
+def test_what_is_installed_comes_before_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "colorsys.py").write_text("rgb_to_hls = 1")
+    (tmp_path / "own_module.py").write_text("thing = 1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    assert callable(import_name("colorsys:rgb_to_hls")) and import_name("own_module:thing") == 1
+
+
+def test_a_model_file_imports_nothing_from_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "only_here.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    spec = {"kind": "factory", "num_classes": 2, "in_channels": 1, "factory": "only_here:make"}
+    save_model("model.pt", nn.Linear(1, 2), spec, {})
+    with pytest.raises(ValueError, match="it would import 'only_here:make'"):
+        load_model("model.pt")
+    assert "only_here" not in sys.modules and str(tmp_path) not in sys.path

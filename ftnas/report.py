@@ -26,7 +26,6 @@ from ftnas.tables import (
     chance_of,
     comparison_table,
     differences_to_csv,
-    fault_name,
     header,
     legend,
     rate_label,
@@ -162,7 +161,7 @@ def make_report(path: str | Path, *, console: Console | None = None) -> Report:
         console.print(comparison_table(report, fault))
         console.print(Text(report.headline(fault), style="bold"))
     if report.vulnerabilities:
-        console.print(vulnerability_table(report.vulnerabilities))
+        console.print(vulnerability_table(report))
     for study in report.protections:
         console.print(Text(study.verdict(), style="bold"))
     for note in report.notes:
@@ -198,10 +197,10 @@ def _draw(report: Report, folder: Path) -> dict[str, Markup]:
             figure = plots.accuracy_curves(
                 curves,
                 rate_label=rate_label(comparison.faults[fault]),
-                title=f"Accuracy under {fault_name(fault)} faults",
+                title=f"Accuracy under {report.spelt(fault)} faults",
                 chance=1 / classes if isinstance(classes, int) and classes > 0 else None,
             )
-            label = f"Accuracy over fault rate under {fault_name(fault)}; the numbers are in the table"
+            label = f"Accuracy over fault rate under {report.spelt(fault)}; the numbers are in the table"
             figures[f"curves:{fault}"] = figure, label
     for stage, genotype in report.genotypes.items():
         label = f"Cells that the {_STAGES[stage]} found"
@@ -217,7 +216,7 @@ def _draw(report: Report, folder: Path) -> dict[str, Markup]:
         name, _, part = key.partition(":")
         plain = len(comparison.faults) == 1 if name == "curves" else part == "search"
         stem = _unused(name if plain else f"{name}-{_slug(part)}", stems)
-        stems.add(stem.lower())
+        stems.add(stem.casefold())
         _, svg = plots.save(figure, folder / stem)
         drawn[key] = _inline(svg.read_text(encoding="utf-8"), prefix=f"p{index}-", label=label)
     return drawn
@@ -226,8 +225,8 @@ def _draw(report: Report, folder: Path) -> dict[str, Markup]:
 def _vulnerability_figures(report: Report) -> dict[str, tuple[plots.Figure, str]]:
     figures: dict[str, tuple[plots.Figure, str]] = {}
     for found in report.vulnerabilities:
-        what = f"{found.name}, {fault_name(found.fault)}"
-        figures[f"map:{what}"] = (
+        key, what = f"{found.name}, {found.fault}", f"{found.name}, {report.spelt(found.fault)}"
+        figures[f"map:{key}"] = (
             heatmaps.sensitivity_map(
                 list(found.layers),
                 list(found.bits),
@@ -238,7 +237,7 @@ def _vulnerability_figures(report: Report) -> dict[str, tuple[plots.Figure, str]
             f"Probability that a fault changes the answer of {what}, by layer and bit; the numbers are in single.csv",
         )
         for by, parts in (("layers", found.layers), ("operators", found.operators)):
-            figures[f"{by}:{what}"] = (
+            figures[f"{by}:{key}"] = (
                 heatmaps.ranking(
                     list(parts), list(parts.values()), title=f"Most vulnerable {by}: {what}", value_label="probability"
                 ),
@@ -294,9 +293,9 @@ def _slug(text: str) -> str:
 
 
 def _unused(stem: str, taken: set[str]) -> str:
-    """Return a name for a file, with a number where another has it."""
+    """Return a name for a file, with a number where another has it, perhaps in another case."""
     names = (stem, *(f"{stem}-{number}" for number in range(2, len(taken) + 2)))
-    return next(name for name in names if name.lower() not in taken)
+    return next(name for name in names if name.casefold() not in taken)
 
 
 def _settings(path: Path) -> str:
@@ -342,7 +341,6 @@ def _page(report: Report, pictures: dict[str, Markup]) -> str:
     shown: dict[str, Any] = {
         "chance_of": chance_of,
         "big": big,
-        "fault_name": fault_name,
         "header": header,
         "legend": legend,
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,13 @@ class Report:
         """Name of the model that the others are compared with: the first one measured."""
         return self.comparison.models[0].name if self.comparison.models else "none"
 
+    def spelt(self, fault: str) -> str:
+        """Return a fault's usual spelling, or its label where another fault of the run is spelt alike."""
+        return spellings([*self.comparison.faults, *(found.fault for found in self.vulnerabilities)])[fault]
+
     def headline(self, fault: str) -> str:
         """Say in words who keeps the highest accuracy under a fault, and whether that is certain."""
-        rates, shown = self.comparison.rates[fault], fault_name(fault)
+        rates, shown = self.comparison.rates[fault], self.spelt(fault)
         means = [
             (row[-1].interval.mean, model.name)
             for model, row in zip(self.comparison.models, self.tables[fault], strict=True)
@@ -143,6 +148,13 @@ def fault_name(fault: str) -> str:
     return _FAULT_NAMES.get(fault, fault.replace("_", " "))
 
 
+def spellings(faults: Iterable[str]) -> dict[str, str]:
+    """Return the usual spelling of each label; those that would differ in case or spaces alone stay as they are."""
+    alike = {fault: " ".join(fault_name(fault).casefold().split()) for fault in faults}
+    count = Counter(alike.values())
+    return {fault: fault_name(fault) if count[alike[fault]] == 1 else fault for fault in alike}
+
+
 def rate_label(rate_name: str) -> str:
     """Return a rate's name for people: ``mac_error_rate`` is the MAC error rate."""
     words = {"mac": "MAC", "sa0": "SA0", "sa1": "SA1", "saf": "SAF"}
@@ -187,7 +199,7 @@ def legend(report: Report) -> str:
 
 def comparison_table(report: Report, fault: str) -> Table:
     """Return the comparison under one fault, for the terminal."""
-    title = f"Accuracy (%) under {fault_name(fault)} by {rate_label(report.comparison.faults[fault])}"
+    title = f"Accuracy (%) under {report.spelt(fault)} by {rate_label(report.comparison.faults[fault])}"
     table = Table(
         title=Text(title), caption=Text(f"{legend(report)} {report.method()}"), caption_justify="left", box=SIMPLE_HEAD
     )
@@ -204,7 +216,7 @@ def comparison_table(report: Report, fault: str) -> Table:
     return table
 
 
-def vulnerability_table(found: Sequence[Vulnerability], *, top: int = 5) -> Table:
+def vulnerability_table(report: Report, *, top: int = 5) -> Table:
     """Return what single faults do, for the terminal: each model as a whole, and its most vulnerable layers."""
     table = Table(
         title=Text("Probability (%) that one fault changes the answer"),
@@ -215,8 +227,8 @@ def vulnerability_table(found: Sequence[Vulnerability], *, top: int = 5) -> Tabl
     table.add_column(Text("model, fault"), overflow="fold")
     table.add_column(Text("part"), overflow="fold")
     table.add_column(Text("probability"), justify="right", no_wrap=True)
-    for entry in found:
-        table.add_row(Text(f"{entry.name}, {fault_name(entry.fault)}"), Text("all"), Text(chance_of(entry.whole)))
+    for entry in report.vulnerabilities:
+        table.add_row(Text(f"{entry.name}, {report.spelt(entry.fault)}"), Text("all"), Text(chance_of(entry.whole)))
         for layer, interval in sorted(entry.layers.items(), key=lambda item: -item[1].mean)[:top]:
             table.add_row("", Text(layer), Text(chance_of(interval)))
     return table
@@ -233,7 +245,7 @@ def to_markdown(report: Report) -> str:
     lines = []
     for fault, rows in report.tables.items():
         titles = header(report, fault)
-        lines += [f"## {_md(fault_name(fault))} by {_md(rate_label(report.comparison.faults[fault]))}", ""]
+        lines += [f"## {_md(report.spelt(fault))} by {_md(rate_label(report.comparison.faults[fault]))}", ""]
         lines += [_md(report.headline(fault)), "", "| " + " | ".join(titles) + " |"]
         lines += ["|" + "---|" + "---:|" * (len(titles) - 1)]
         for model, row in zip(report.comparison.models, rows, strict=True):

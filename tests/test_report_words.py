@@ -1,0 +1,71 @@
+"""What a report calls things, and the numbers in its sentences."""
+
+import base64
+import io
+import json
+import re
+
+import numpy as np
+from rich.console import Console
+
+from ftnas.report import build_report, make_report
+from ftnas.tables import spellings, to_markdown
+
+
+def single(fault, changed, trials=4):
+    """Return a line of single.jsonl: one stratum of a model with one layer."""
+    place = {"layer": "fc", "call": 0, "bit": 0, "code": None, "depth": 0, "operator": "linear"}
+    counts = {"population": 100, "trials": trials, "changed": changed, "nonfinite": 0, "num_images": 3}
+    return {"schema": 1, "model": "p", "train_seed": 0, "fault": fault, **place, **counts}
+
+
+def swept(fault, name="p", seed=0, device=0, correct=(1, 0)):
+    """Return a line of records.jsonl at one rate."""
+    bits = np.array(correct, dtype=bool)
+    line = {"schema": 1, "model": name, "train_seed": seed, "training": "clean", "fault": fault}
+    line |= {"rate_name": "sa_rate", "rate": 0.1, "device": device, "accuracy": float(bits.mean())}
+    packed = base64.b64encode(np.packbits(bits).tobytes()).decode()
+    return {**line, "num_images": len(bits), "flops": 1, "params": 1, "correct": packed}
+
+
+def write(folder, **journals):
+    for name, lines in journals.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def made(folder):
+    """Return a run's page and what the terminal shows of it."""
+    out = io.StringIO()
+    make_report(folder, console=Console(file=out, width=160))
+    return (folder / "report" / "report.html").read_text(), out.getvalue()
+
+
+def test_faults_that_are_spelt_alike_have_pictures_headings_and_rows_of_their_own(tmp_path):
+    labels = ["weight_bit_flip", "weight bit flip", "adsaf", "adSAF"]
+    write(tmp_path, single=[single(label, changed) for changed, label in enumerate(labels)])
+    page, shown = made(tmp_path)
+    assert re.findall("<h3>(.*)</h3>", page) == [f"p, {label}" for label in labels]
+    assert all(f"p, {label} " in shown for label in labels)
+    maps = re.findall(r'<svg[^>]*aria-label="Probability[^"]*changes the answer of (p, [^"]*), by layer', page)
+    assert maps == [f"p, {label}" for label in labels]
+    files = {path.name.casefold(): path for path in (tmp_path / "report").glob("map-*.svg")}
+    assert len(files) == len({path.read_bytes() for path in files.values()}) == 4
+
+
+def test_sweeps_that_are_spelt_alike_have_pictures_and_headings_of_their_own(tmp_path):
+    labels = ["weight_bit_flip", "Weight bit flip"]
+    write(tmp_path, records=[swept(label, device=device) for label in labels for device in (0, 1)])
+    page, shown = made(tmp_path)
+    assert [head for head in re.findall("<h2>(.*)</h2>", page) if "bit" in head] == labels
+    assert all(f"Under {label} faults" in shown and f"under {label} by" in shown for label in labels)
+    assert all(f"## {label} by" in to_markdown(build_report(tmp_path)).replace("\\", "") for label in labels)
+    assert len({path.name.casefold() for path in (tmp_path / "report").glob("curves-*.png")}) == 2
+
+
+def test_a_label_stays_as_it_is_only_where_another_is_spelt_alike():
+    assert spellings(["adsaf", "log_normal_variation"]) == {
+        "adsaf": "adSAF",
+        "log_normal_variation": "log normal variation",
+    }
+    assert spellings(["a_b", "a__b", "A b", "c_d"]) == {"a_b": "a_b", "a__b": "a__b", "A b": "A b", "c_d": "c d"}

@@ -113,16 +113,14 @@ class Difference:
 
     @property
     def shown(self) -> Interval:
-        """The interval that tables and sentences give: over training seeds where there are several."""
-        return self.over_seeds or self.interval
+        """The interval that tables and sentences give: over training seeds, unless the other alone includes zero."""
+        intervals = [interval for interval in (self.over_seeds, self.interval) if interval is not None]
+        return next((interval for interval in intervals if not _side(interval)), intervals[0])
 
     @property
     def verdict(self) -> int:
         """1 or -1 where every interval excludes zero on that side; 0 where one includes it or there is none."""
-        intervals = [self.interval] if self.over_seeds is None else [self.interval, self.over_seeds]
-        if all(interval.low > 0 for interval in intervals):
-            return 1
-        return -1 if all(interval.high < 0 for interval in intervals) else 0
+        return _side(self.shown)
 
 
 @dataclass(kw_only=True)
@@ -231,6 +229,11 @@ class Comparison:
         return Difference(
             fault=fault, rate=rate, model=model, reference=reference, interval=interval, over_seeds=over_seeds
         )
+
+
+def _side(interval: Interval) -> int:
+    """Return 1 for an interval above zero, -1 for one below it, else 0."""
+    return int(interval.low > 0) - int(interval.high < 0)
 
 
 def _device_means(array: np.ndarray) -> np.ndarray:

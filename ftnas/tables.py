@@ -167,7 +167,7 @@ def points(difference: Difference) -> str:
 
 
 def certainty(difference: Difference) -> str:
-    """Return the interval of a difference in words, over training seeds where there are several."""
+    """Return the interval of a difference in words: the one that decides whether zero is excluded."""
     interval = difference.shown
     if not is_known(interval.low):
         return "too few devices or training seeds for an interval"

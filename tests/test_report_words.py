@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from ftnas.report import build_report, make_report
-from ftnas.tables import spellings, to_markdown
+from ftnas.tables import certainty, spellings, to_markdown
 
 
 def single(fault, changed, trials=4):
@@ -69,3 +69,20 @@ def test_a_label_stays_as_it_is_only_where_another_is_spelt_alike():
         "log_normal_variation": "log normal variation",
     }
     assert spellings(["a_b", "a__b", "A b", "c_d"]) == {"a_b": "a_b", "a__b": "a__b", "A b": "A b", "c_d": "c d"}
+
+
+def test_the_interval_that_is_given_is_the_one_that_decides(tmp_path):
+    # Two seeds a side that agree: Welch's t is narrow, and the bootstrap over devices and images includes zero.
+    right = {("a", 0): [70, 10], ("a", 1): [71, 10], ("b", 0): [20, 20], ("b", 1): [20, 21]}
+    lines = [
+        swept("adsaf", name, seed, device, [image < number for image in range(80)])
+        for (name, seed), numbers in right.items()
+        for device, number in enumerate(numbers)
+    ]
+    report = build_report(write(tmp_path, records=lines))
+    (gap,) = [found for found in report.differences if found.rate == 0.1]
+    assert gap.over_seeds.high < 0 < gap.interval.high and gap.verdict == 0
+    low, high = (f"{100 * bound:+.1f}" for bound in (gap.interval.low, gap.interval.high))
+    assert certainty(gap) == f"95% interval {low} to {high}: zero is not excluded"
+    other = report.comparison.difference("adsaf", "a", "b", None)
+    assert f"({certainty(other)})" in report.headline("adsaf") and certainty(other).endswith("zero is not excluded")

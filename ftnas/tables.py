@@ -236,7 +236,8 @@ def vulnerability_table(report: Report, *, top: int = 5) -> Table:
 
 def chance_of(interval: Interval) -> str:
     """Return a probability with its interval in percent, two digits that count."""
-    mean, low, high = (f"{100 * value:.2g}" for value in (interval.mean, interval.low, interval.high))
+    percent = [100 * value for value in (interval.mean, interval.low, interval.high)]
+    mean, low, high = (f"{value:.2g}" if value < 99.5 else f"{value:.0f}" for value in percent)
     return f"{mean} ({low} to {high})"
 
 

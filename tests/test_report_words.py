@@ -6,10 +6,12 @@ import json
 import re
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from ftnas.report import build_report, make_report
-from ftnas.tables import certainty, spellings, to_markdown
+from ftnas.stats import Interval
+from ftnas.tables import certainty, chance_of, spellings, to_markdown
 
 
 def single(fault, changed, trials=4):
@@ -86,3 +88,15 @@ def test_the_interval_that_is_given_is_the_one_that_decides(tmp_path):
     assert certainty(gap) == f"95% interval {low} to {high}: zero is not excluded"
     other = report.comparison.difference("adsaf", "a", "b", None)
     assert f"({certainty(other)})" in report.headline("adsaf") and certainty(other).endswith("zero is not excluded")
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "text"),
+    [
+        (1.0, 0.22, 1.0, "100 (22 to 100)"),
+        (0.996, 0.994, 0.9999, "100 (99 to 100)"),
+        (0.00123, 0.0, 0.05, "0.12 (0 to 5)"),
+    ],
+)
+def test_a_probability_near_one_is_a_plain_number(mean, low, high, text):
+    assert chance_of(Interval(mean=mean, low=low, high=high, num=4, method="stratified")) == text

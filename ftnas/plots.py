@@ -88,10 +88,9 @@ def accuracy_curves(
     if not rates:
         raise ValueError("accuracy curves need a fault rate above 0, got none; add rates to the campaign")
     figure = Figure(figsize=(8.6, 4.8), facecolor=PAPER)
-    axes = figure.add_axes((0.085, 0.13, 0.63, 0.77))
+    axes = figure.add_axes((0.085, 0.13, 0.63, 0.77), xscale="log", autoscale_on=False)
     step = math.log10(rates[-1] / rates[0]) / max(1, len(rates) - 1) if len(rates) > 1 else 1.0
     zero = 10 ** (math.log10(rates[0]) - 1.15 * max(step, 0.3))
-    axes.set_xscale("log")
     for index, curve in enumerate(curves):
         _draw_curve(axes, curve, zero, index)
     _rate_axis(axes, rates, zero)
@@ -129,11 +128,12 @@ def _draw_curve(axes: Axes, curve: Curve, zero: float, index: int) -> None:
     mean, low, high = (100 * np.array([v[i] for i in order], dtype=float) for v in (curve.mean, curve.low, curve.high))
     style = _style(index)
     faulty = x > zero
+    banded = np.pad(faulty & (high >= low), 1)
+    alone = (high >= low) & ~(faulty & (banded[:-2] | banded[2:]))  # where no band shows the interval
     if not faulty.all():  # the way from the fault-free device is not a measured slope: thin and dashed
         axes.plot(x[:2], mean[:2], color=style["color"], linewidth=1, linestyle=(0, (2, 2)), alpha=0.7)
-        axes.errorbar(
-            x[:1], mean[:1], yerr=_bars(mean[:1], low[:1], high[:1]), color=style["color"], capsize=2.5, linewidth=1
-        )
+    bars = _bars(mean, low, high)[:, alone]
+    axes.errorbar(x[alone], mean[alone], yerr=bars, fmt="none", ecolor=style["color"], capsize=2.5, elinewidth=1)
     axes.plot(x[~faulty], mean[~faulty], color=style["color"], marker=style["marker"], markersize=6, linestyle="")
     axes.fill_between(x[faulty], low[faulty], high[faulty], color=style["color"], alpha=0.15, linewidth=0)
     axes.plot(x[faulty], mean[faulty], **style, markersize=6, linewidth=2, label="_" + str(index))

@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Text
@@ -71,6 +72,30 @@ def test_curves_of_one_rate_and_of_many() -> None:
     flat = [0.5] * 40
     figure = accuracy_curves([Curve(name="a", rates=many, mean=flat, low=flat, high=flat)])
     assert not overlaps(list(figure.axes[0].get_xticklabels()), figure)
+
+
+@pytest.mark.parametrize(
+    ("rates", "known", "barred"),
+    [
+        ([0.01], [0.01], [0.01]),  # there is nothing to shade between
+        ([0.0, 0.01], [0.0, 0.01], [0.0, 0.01]),
+        ([0.0, 0.01, 0.02], [0.01, 0.02], []),
+        ([0.01, 0.02, 0.04, 0.08], [0.01, 0.04, 0.08], [0.01]),  # its neighbour has no interval
+        ([0.01, 0.02, 0.04], [0.02], [0.02]),
+    ],
+)
+def test_an_interval_that_no_band_shows_has_an_error_bar(
+    rates: list[float], known: list[float], barred: list[float]
+) -> None:
+    low, high = ([0.5 + side if rate in known else math.nan for rate in rates] for side in (-0.2, 0.3))
+    curves = [Curve(name=name, rates=rates, mean=[0.5] * len(rates), low=low, high=high) for name in "ab"]
+    axes = accuracy_curves(curves).axes[0]
+    FigureCanvasAgg(axes.get_figure()).draw()
+    for bars in (found for found in axes.collections if isinstance(found, LineCollection)):
+        ends = np.array(bars.get_segments()).reshape(-1, 2, 2)
+        assert [x if x in rates else 0.0 for x in ends[:, 0, 0]] == barred
+        assert ends[..., 1] == pytest.approx(np.full((len(barred), 2), [30, 80]))
+    assert len(axes.containers) == len(curves)
 
 
 def test_palette_differs_in_lightness_or_hue_for_dichromats() -> None:

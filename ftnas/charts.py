@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from ftnas.plots import GRID, INK, MUTED, PALETTE, PAPER, bare, drawable
@@ -50,7 +51,7 @@ def dot_rows(
             axes.plot([100 * interval.mean], [y], marker, color=color, markersize=5.5, label=label, linestyle="")
     if chance is not None:
         axes.axvline(100 * chance, color=MUTED, linewidth=1.2, linestyle=(0, (1, 2)))
-    axes.set_xlim(right=min(axes.get_xlim()[1], 101.5))  # an interval may end above what an accuracy can be
+    axes.set_xlim(*np.clip(axes.get_xlim(), -1.5, 101.5))  # an interval may end beyond what an accuracy can be
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(range(len(rows)), [drawable(name) for name in rows])
     axes.set_xlabel("accuracy (%)", color=INK)

@@ -251,13 +251,14 @@ def _draw_plans(axes: Axes, plans: Sequence[Protection], **style: Any) -> None:
 
 
 def _limit(axes: Axes, plans: Sequence[Protection], target: float | None) -> None:
-    """Leave room around all points, whiskers and the target, for names too."""
-    x = [plan.overhead for plan in plans]
+    """Leave room around all points, whiskers and the target, for names too; no more than an accuracy can be."""
+    least, most = min(plan.overhead for plan in plans), max(plan.overhead for plan in plans) or 1.0
     y = [value for p in plans for value in (p.accuracy.mean, p.accuracy.low, p.accuracy.high) if value == value]
     y += [] if target is None else [target]
-    across, up = (max(x) - min(x)) or abs(x[0]) or 1.0, 100 * (max(y) - min(y)) or 1.0
-    axes.set_xlim(min(x) - 0.07 * across, max(x) + 0.07 * across)
-    axes.set_ylim(100 * min(y) - 0.09 * up, min(100 * max(y) + 0.09 * up, 101.5))
+    low, high = 100 * np.clip([min(y), max(y)], 0, 1)
+    across, up = (most - least) or abs(most), (high - low) or 1.0
+    axes.set_xlim(least - 0.07 * across, most + 0.07 * across)
+    axes.set_ylim(max(low - 0.09 * up, -1.5), min(high + 0.09 * up, 101.5))
 
 
 def _name_plans(figure: Figure, axes: Axes, points: Sequence[Protection], guesses: Sequence[Protection]) -> None:

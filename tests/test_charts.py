@@ -27,3 +27,10 @@ def test_what_cannot_be_drawn():
         dot_rows({}, ["clean"])
     with pytest.raises(ValueError, match="2 values, and there are 1 conditions"):
         dot_rows(ROWS, ["clean"])
+
+
+def test_the_axis_ends_where_accuracy_does():
+    wide = {"few seeds": [seed_interval([0.1, 0.9])], "more": [seed_interval([0.5, 0.6, 0.7])]}
+    assert dot_rows(wide, ["clean"]).axes[0].get_xlim() == (-1.5, 101.5)
+    low, high = dot_rows({"more": wide["more"]}, ["clean"]).axes[0].get_xlim()
+    assert 20 < low < 40 and 80 < high < 100

@@ -178,6 +178,15 @@ def test_protection_curves_are_legible(points: list, predicted: list | None, tar
     assert any(text.startswith("target") for text in shown) == (target is not None)
 
 
+def test_axes_of_protection_end_where_accuracy_and_overhead_do() -> None:
+    axes = protection_curve([Protection(name="0 layers", overhead=0, accuracy=interval(0.4, 1.3))], target=0.9).axes[0]
+    assert axes.get_ylim() == (-1.5, 101.5)
+    low, high = axes.get_xlim()
+    assert -0.1 < low < 0 and high > 1 and not [tick for tick in axes.get_xticks() if low <= tick < 0]
+    narrow = protection_curve([Protection(name="", overhead=5, accuracy=interval(0.5, 0.1))]).axes[0]
+    assert narrow.get_ylim() == pytest.approx((38.2, 61.8)) and narrow.get_xlim() == pytest.approx((4.65, 5.35))
+
+
 # Geometry
 
 

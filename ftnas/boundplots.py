@@ -22,7 +22,7 @@ def bound_against_truth(numbers: Mapping[str, Any]) -> Figure:
     """
     layers = numbers["layers"]
     places = range(1, len(layers) + 1)
-    figure = Figure(figsize=(8.6, 6.4), facecolor=PAPER)
+    figure = Figure(figsize=(10.9, 6.4), facecolor=PAPER)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for number, (key, label, marker) in enumerate(_LINES, start=1):
         if all(key in layer for layer in layers):
@@ -42,7 +42,7 @@ def bound_against_truth(numbers: Mapping[str, Any]) -> Figure:
     top.axhline(numbers["budget"], color=MUTED, linewidth=1.2, linestyle=(0, (1, 2)))
     top.set_yscale("log")
     top.set_ylabel("error of a logit, one failure", color=INK)
-    top.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+    top.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     _certified(bottom, layers, places)
     for axes in (top, bottom):
         axes.grid(axis="y", color=GRID, linewidth=0.8)
@@ -50,7 +50,7 @@ def bound_against_truth(numbers: Mapping[str, Any]) -> Figure:
     bottom.set_xlabel("layer, from the input (dotted above: the budget)", color=INK)
     title = f"{numbers['model']}: {numbers['failures']['kind']} of one neuron, bound and truth"
     top.set_title(drawable(title), loc="left", color=INK, fontsize=12, fontweight="bold", parse_math=False)
-    figure.subplots_adjust(left=0.1, right=0.97, top=0.94, bottom=0.08, hspace=0.12)
+    figure.subplots_adjust(left=0.08, right=0.765, top=0.94, bottom=0.08, hspace=0.12)
     return figure
 
 
@@ -73,7 +73,7 @@ def _certified(axes: Any, layers: Sequence[Mapping[str, Any]], places: range) ->
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("answers kept (%)", color=INK)
     if counts:
-        axes.legend(frameon=False, fontsize=7.5, ncols=len(counts), labelcolor=INK)
+        axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="lower left", bbox_to_anchor=(1.01, 0.0))
 
 
 def error_over_lipschitz(series: Sequence[Mapping[str, Any]], *, title: str) -> Figure:

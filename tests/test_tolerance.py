@@ -14,6 +14,7 @@ from ftnas.campaign import Subject
 from ftnas.config import read_config
 from ftnas.data import load
 from ftnas.models import count
+from ftnas.plots import pixels
 from ftnas.rng import generator, isolated
 from ftnas.rundir import Folder
 from ftnas.tolerance import ToleranceConfig, bound_model, box_of, table
@@ -223,6 +224,18 @@ def test_the_attack_is_what_it_says():
     )
     weights = summary.nodes[-1].op.weight
     assert one["error"] == pytest.approx(3.0 * float(weights.sum(1).abs().amax()))
+
+
+def test_legends_of_bounds_lie_beside_the_curves():
+    entry = {"local": 0.1, "error_first": 0.1, "error": 0.1, "kept": 0.9, "certified": 0.5, "local_certified": 0.6}
+    measured = [{"failing": count, **entry} for count in (1, 4, 16)]
+    layers = [{"fep": 10.0**-depth, "paths": 2.0, "on_images": 1.0, "measured": measured} for depth in range(2)]
+    numbers = {"layers": layers, "local_images": 1000, "budget": 0.01, "model": "m", "failures": {"kind": "crash"}}
+    figure = boundplots.bound_against_truth(numbers)
+    pixels(figure)  # places what is in it
+    top, bottom = (axes.get_legend().get_window_extent() for axes in figure.axes)
+    assert top.y0 > bottom.y1 and bottom.y0 > 0 and max(top.x1, bottom.x1) < figure.bbox.x1
+    assert min(top.x0, bottom.x0) > max(axes.get_window_extent().x1 for axes in figure.axes)
 
 
 def test_pictures_of_errors_over_k():

@@ -17,7 +17,7 @@ from ftnas.data import ImageSet
 from ftnas.evaluate import answers
 from ftnas.faults.hardware import AnyFault, Hardware
 from ftnas.faults.inject import Errors
-from ftnas.models import Complexity
+from ftnas.models import Complexity, about
 from ftnas.pool import Box, InProcess, Pool
 from ftnas.progress import track
 from ftnas.records import read_record
@@ -266,7 +266,8 @@ class Measure:
         under = self.hardware.with_fault(sweep.fault, *sweep.also)
         under = under.with_rate(point.rate) if point.rate else under.at_rest()
         device_seed = seed_for(self.seed, "device", point.device or 0)
-        with under.inject(self.model, seed=device_seed, errors=self.config.errors) as injection:
+        name, errors = self.identity["model"], self.config.errors
+        with about(name), under.inject(self.model, seed=device_seed, errors=errors) as injection:
             found = answers(self.model, self.images.get().batches(self.config.batch_size))
         record, correct = injection.record, found.correct
         size = {name: self.identity[name] for name in ("flops", "params")}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +78,15 @@ class Complexity(NamedTuple):
 
     params: int
     flops: int
+
+
+@contextlib.contextmanager
+def about(name: str) -> Iterator[None]:
+    """Name a model in front of what a ValueError says of it: a run has several."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def describe(config: ModelConfig, *, num_classes: int, in_channels: int, image_size: int) -> dict[str, Any]:

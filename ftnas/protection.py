@@ -16,6 +16,7 @@ from ftnas.evaluate import answers
 from ftnas.faults.hardware import AnyFault, Hardware
 from ftnas.faults.select import LAYER_TYPES, exactly, macs_per_output
 from ftnas.faults.trace import trace_feature_points
+from ftnas.models import about
 from ftnas.progress import Tracker, track
 from ftnas.quantize import SMALLEST_RANGE
 from ftnas.rng import seed_for
@@ -173,7 +174,7 @@ class _Study:
         """Choose on one set of images, measure on the other."""
         config = self._config
         image = next(iter(testing.batches(1)))[0]
-        with torch.no_grad(), self._under.inject(self._model, seed=0) as injection:
+        with about(self._subject.name), torch.no_grad(), self._under.inject(self._model, seed=0) as injection:
             self._model(image)
         layers = [name for name, layer in injection.record.faults[0].layers.items() if layer.sites]
         self._at_risk = frozenset(layers)

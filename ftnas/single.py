@@ -19,6 +19,7 @@ from ftnas.faults.base import fault_class
 from ftnas.faults.drawing import Key
 from ftnas.faults.hardware import AnyFault, Hardware
 from ftnas.faults.where import allowed_cells
+from ftnas.models import about
 from ftnas.progress import track
 from ftnas.rng import seed_for
 from ftnas.rundir import Folder
@@ -188,7 +189,8 @@ def run_single_faults(
     fault = config.fault
     for subject in subjects:
         model = subject.load()
-        strata = _find(model, fault, hardware, batches[0])
+        with about(subject.name):
+            strata = _find(model, fault, hardware, batches[0])
         trials = _trials(strata, config, len(batches))
         names = [(subject.name, subject.train_seed, config.label, *s.key[1:], s.bit, s.code) for s in strata]
         finished = sum(number for number, name in zip(trials, names, strict=True) if name in done)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ftnas.data import DataConfig, ImageSet, stratified_split
 from ftnas.faults.hardware import Hardware
-from ftnas.models import build_spec, resolved_spec, save_model
+from ftnas.models import about, build_spec, resolved_spec, save_model
 from ftnas.progress import say
 from ftnas.recipe import TrainConfig
 from ftnas.rundir import Folder, quoted
@@ -94,10 +94,11 @@ class Training:
         """
         folder = Folder(self.folder)
         try:
-            network, hardware = self._fit(images, folder, epoch_done)
-            if self.rate is None:
-                spec = resolved_spec(self.spec, network)
-                save_model(folder.file(MODEL), network, spec, self._metadata(network, hardware, images))
+            with about(self.name):
+                network, hardware = self._fit(images, folder, epoch_done)
+                if self.rate is None:
+                    spec = resolved_spec(self.spec, network)
+                    save_model(folder.file(MODEL), network, spec, self._metadata(network, hardware, images))
         finally:
             folder.close()
 

@@ -13,9 +13,11 @@ from ftnas.campaign import RECORDS, CampaignConfig, Subject, run_campaign
 from ftnas.data import DataConfig, load
 from ftnas.faults.hardware import Hardware
 from ftnas.models import count
+from ftnas.protection import ProtectionConfig, run_protection
 from ftnas.records import read_comparison
 from ftnas.rng import isolated
 from ftnas.rundir import RunDir
+from ftnas.single import SingleFaultConfig, run_single_faults
 from ftnas.survey import MIN_DEVICES
 
 SWEEPS = [
@@ -77,6 +79,22 @@ def test_a_cut_campaign_goes_on_to_the_same_records(images, tmp_path):
 def test_names_must_tell_models_apart(images, tmp_path):
     with RunDir.create(tmp_path / "run", {}) as folder, pytest.raises(ValueError, match="two models are called 'a'"):
         run(folder, images, [subject("a"), subject("a")])
+
+
+def test_the_model_that_a_mistake_is_about_is_named(images, tmp_path):
+    hardware = Hardware(layers=("name:10",))
+    settings = {"fault": {"name": "adsaf"}, "images": 4}
+    single, protection = SingleFaultConfig(**settings), ProtectionConfig(**settings, method="ecc", budget=1.0)
+    campaign = CampaignConfig(sweeps=SWEEPS, devices=3)
+    common = {"hardware": hardware, "seed": 0}
+    with RunDir.create(tmp_path / "run", {}) as folder:
+        for call in (
+            lambda model: run_campaign([model], images, config=campaign, folder=folder, **common),
+            lambda model: run_single_faults([model], images, config=single, folder=folder, **common),
+            lambda model: run_protection([model], images, images, config=protection, folder=folder, **common),
+        ):
+            with pytest.raises(ValueError, match="^second: layers='name:10' matches no layer"):
+                call(subject("second"))
 
 
 def test_records_that_cannot_be_read_are_named(images, tmp_path):

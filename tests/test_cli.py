@@ -145,7 +145,7 @@ MISTAKES = {
     "device that is not there": (["train", "quickstart", *TRAIN, "device=tpu"], "device"),
     "layers that match nothing": (
         ["train", "quickstart", *TRAIN, "hardware.layers=conv3d"],
-        "matches no layer",
+        "net: layers='conv3d' matches no layer",
     ),
     "batch above the set": (["train", "quickstart", *TRAIN, "train.recipe.batch_size=5000"], "is above the 1438"),
     "missing data": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -55,6 +56,18 @@ def test_a_layer_called_like_a_type_is_selected_by_its_whole_name():
     assert exactly("stage1.conv") == "stage1.conv"
     with pytest.raises(ValueError, match="name:lin"):
         select_layers(layers, "name:lin")
+
+
+def test_the_hint_for_layers_is_never_what_was_given():
+    layers = {"a": nn.Linear(1, 1), "conv[0]": nn.Linear(1, 1)}
+    absent = re.escape("layers='conv2d' matches no layer; the model has none of that type; there is: linear")
+    with pytest.raises(ValueError, match=absent):
+        select_layers(layers, ["conv2d", "linear"])
+    with pytest.raises(ValueError, match="there is: nothing"):
+        select_layers({}, "Linear")
+    for given, meant in {"conv[0]": "name:conv[0]", "linea": "linear"}.items():
+        with pytest.raises(ValueError, match=re.escape(f"layers={given!r} matches no layer; did you mean {meant!r}?")):
+            select_layers(layers, given)
 
 
 def test_saturation_and_bounds_reach_a_layer_called_like_a_type():

@@ -54,8 +54,12 @@ def select_layers(candidates: Mapping[str, nn.Module], layers: Layers) -> frozen
         if not matched:
             if depths is not None:
                 raise ValueError(f"layers={selector!r} matches no layer; there are depths 0..{len(candidates) - 1}")
-            known = [*candidates, *TYPE_NAMES]
-            raise ValueError(f"layers={selector!r} matches no layer; {did_you_mean(str(selector), known)}")
+            types = [key for key, kind in TYPE_NAMES.items() if any(isinstance(m, kind) for m in candidates.values())]
+            if str(selector).lower() in TYPE_NAMES:
+                hint = f"the model has none of that type; there is: {', '.join(types) or 'nothing'}"
+            else:
+                hint = did_you_mean(str(selector), [*map(exactly, candidates), *types])
+            raise ValueError(f"layers={selector!r} matches no layer; {hint}")
         chosen |= matched
     if not chosen:
         raise ValueError(f"layers={layers!r} selects no layer; None selects all")

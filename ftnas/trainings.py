@@ -182,7 +182,10 @@ def check_failures(failures: Sequence[Failure], num: int, *, folder: Path) -> No
     """
     if failures:
         names = ", ".join(failure.key for failure in failures)
+        failed = len({failure.key.partition("/rate-")[0] for failure in failures})  # rates are tried side by side
+        last = ", the last" if len(failures) > 1 else ""
+        others = "" if failed == num else "the others are done; "
         raise RuntimeError(
-            f"{len(failures)} of {num} trainings failed ({names}), the last with {failures[-1].reason}; the others are "
-            f"done; events.jsonl in each folder has the reason, and --resume {quoted(folder)} tries them again"
+            f"{failed} of {num} trainings failed ({names}){last} with {failures[-1].reason}; {others}events.jsonl in "
+            f"each folder has the reason, and --resume {quoted(folder)} tries again"
         )

@@ -1,5 +1,7 @@
 """The fault-tolerant loss against its formula, and a fit loop that a kill does not change."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from ftnas.recipe import TrainConfig
 from ftnas.rng import isolated
 from ftnas.rundir import RunDir
 from ftnas.train import CHECKPOINT, FaultTolerantLoss, clean_accuracy, fit, fit_by_rate_protocol
+from ftnas.trainings import Failure, check_failures
 
 HARDWARE = Hardware(fault=MiBB(mac_error_rate=0.01), layers=None)
 
@@ -178,3 +181,19 @@ def test_settings_without_effect_are_refused(changes, message):
 def test_faulty_loss_needs_a_fault(images, tmp_path):
     with RunDir.create(tmp_path / "run", {}) as run, pytest.raises(ValueError, match="there is no fault model"):
         fit(small_net(), images, config=recipe(), hardware=Hardware(), seed=0, folder=run)
+
+
+@pytest.mark.parametrize(
+    ("keys", "num", "said"),
+    [
+        (["a/seed-0"], 1, "1 of 1 trainings failed (a/seed-0) with why; events.jsonl in"),
+        (["a/seed-0", "b/seed-0"], 2, "2 of 2 trainings failed (a/seed-0, b/seed-0), the last with why; events"),
+        (["a/seed-0"], 3, "1 of 3 trainings failed (a/seed-0) with why; the others are done; events.jsonl in"),
+        (["a/seed-0/rate-0.1", "a/seed-0/rate-0.2"], 1, "1 of 1 trainings failed"),
+    ],
+)
+def test_others_are_said_to_be_done_only_where_there_are_others(keys, num, said):
+    with pytest.raises(RuntimeError) as error:
+        check_failures([Failure(key, "why") for key in keys], num, folder=Path("runs/a"))
+    assert str(error.value).startswith(said) and "--resume runs/a" in str(error.value)
+    assert ("others" in str(error.value)) == (num == 3)

@@ -84,7 +84,7 @@ def events(path):
 def check_failed(run, capsys):
     """The run has one training that failed, with its reason; the two others are done."""
     error = capsys.readouterr().err
-    summary = "error: 1 of 3 trainings failed (full/seed-0), the last with OutOfMemoryError: no memory left"
+    summary = "error: 1 of 3 trainings failed (full/seed-0) with OutOfMemoryError: no memory left"
     assert error.strip().splitlines()[-1].startswith(summary)
     assert "warning: train full failed: OutOfMemoryError: no memory left" in error and "Traceback" not in error
     told = [event for event in events(run / "train/full/seed-0") if event["kind"] == "training_failed"]

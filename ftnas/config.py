@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ftnas.campaign import CampaignConfig
 from ftnas.data import DataConfig
@@ -20,15 +20,27 @@ from ftnas.search import SearchConfig
 from ftnas.settings import Settings, parse
 from ftnas.shipped import shipped_names
 from ftnas.single import SingleFaultConfig
-from ftnas.tolerance import ToleranceConfig
+from ftnas.tolerance import TABLE, ToleranceConfig
 from ftnas.train import check_alpha
-from ftnas.tuning import AshaConfig
+from ftnas.trainings import MODEL
+from ftnas.tuning import TUNE, AshaConfig
 
 FOLDER = "configs"
 VERSION = 1
 SEARCHES = ("search", "control")
 
+_TAKEN = (MODEL, TUNE, TABLE, "events.jsonl")
+"""What lies beside the folders of models in ``train/`` and ``bounds/``."""
+
+
+def _free(name: str) -> str:
+    if name.lower() in _TAKEN:
+        raise ValueError("a run has files of that name beside the folders of its models; choose another")
+    return name
+
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+ModelName = Annotated[Name, AfterValidator(_free)]
 
 
 class TrainStage(Settings):
@@ -43,7 +55,7 @@ class TrainStage(Settings):
     """
 
     recipe: TrainConfig
-    models: dict[Name, ModelConfig] = Field(min_length=1)
+    models: dict[ModelName, ModelConfig] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     asha: AshaConfig | None = None
 
@@ -129,7 +141,7 @@ class RunConfig(Settings):
     single_faults: tuple[SingleFaultConfig, ...] = ()
     protections: tuple[ProtectionConfig, ...] = ()
     bounds: ToleranceConfig | None = None
-    models: dict[Name, GivenModel] = Field(default_factory=dict)
+    models: dict[ModelName, GivenModel] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _stages_fit(self) -> RunConfig:

@@ -143,6 +143,18 @@ MISTAKES = {
     "half-width without devices": (["campaign", "reliability", "campaign.half_width=0.01"], "allow more devices"),
     "negative seed": (["run", "quickstart", "--seed", "-1"], "greater than or equal to 0"),
     "device that is not there": (["train", "quickstart", *TRAIN, "device=tpu"], "device"),
+    "model called like a file": (
+        ["train", "quickstart", *TRAIN, "train.models={Model.pt: {baseline: resnet8}}"],
+        "choose another, got 'Model.pt'",
+    ),
+    "model called like a folder of the trials": (
+        ["train", "quickstart", *TRAIN, "train.models={tune: {baseline: resnet8}}"],
+        "choose another, got 'tune'",
+    ),
+    "given model called like a table": (
+        ["campaign", "quickstart", *TRAIN, "models={table.md: {file: model.pt}}"],
+        "choose another, got 'table.md'",
+    ),
     "layers that match nothing": (
         ["train", "quickstart", *TRAIN, "hardware.layers=conv3d"],
         "net: layers='conv3d' matches no layer",

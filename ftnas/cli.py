@@ -6,12 +6,13 @@ Everything beyond click is imported inside the commands, so that ``ftnas --help`
 from __future__ import annotations
 
 import _thread
+import contextlib
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,12 +79,8 @@ def _config_command(name: str, *, needs: str | None = None) -> Callable[[Callabl
 
             keep_memory()
             config, run = _open_run(needs=needs, **options)
-            with run:
-                try:
-                    body(Pipeline(config, run))
-                except KeyboardInterrupt:
-                    click.echo(f"\ninterrupted; go on with: ftnas {name} --resume {quoted(run.path)}", err=True)
-                    raise SystemExit(130) from None
+            with run, _told_how_to_go_on(f"go on with: ftnas {name} --resume {quoted(run.path)}"):
+                body(Pipeline(config, run))
 
         lines = (*EXAMPLES[name], "my-config.yaml data.root=~/images --device cuda", "--resume runs/third")
         examples = "".join(f"\n  ftnas {name} {line}" for line in lines)
@@ -95,6 +92,21 @@ def _config_command(name: str, *, needs: str | None = None) -> Callable[[Callabl
         return cli.command(name)(command)
 
     return decorate
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on(how: str) -> Iterator[None]:
+    """Say how to go on with what an interrupt has ended, or a file that cannot be written."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"\ninterrupted; {how}", err=True)
+        raise SystemExit(130) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        reason = error.strerror or type(error).__name__
+        raise RuntimeError(f"{error.filename}: {reason}; mend that, then {how}") from error
 
 
 def _open_run(
@@ -267,12 +279,8 @@ def _nodes_command(name: str) -> Callable[[Callable[[NodesConfig, RunDir], None]
 
             short = [_at(text, key) for key, texts in (("kill", kill), ("hang", hang)) for text in texts]
             study, run = open_study(config, out, overrides=[*overrides, *short])
-            with run:
-                try:
-                    body(study, run)
-                except KeyboardInterrupt:
-                    click.echo(f"\ninterrupted; the same command goes on in {run.path}", err=True)
-                    raise SystemExit(130) from None
+            with run, _told_how_to_go_on(f"the same command goes on in {run.path}"):
+                body(study, run)
 
         command.__doc__ = body.__doc__
         command = click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/NAME]")(

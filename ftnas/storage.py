@@ -31,13 +31,23 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file in an OSError that does not, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside ``path`` that takes its place when the body ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # One fixed name, not a random one: what a killed process left behind is overwritten by the next write.
     temporary = path.parent / f".{path.name}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with _named(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -109,6 +119,7 @@ class Journal:
 
         Raises:
             ValueError: The record holds NaN or an infinity, which JSON does not know.
+            OSError: The file, which it names, cannot be written; whole lines are kept, and the next append mends it.
         """
         try:
             line = json.dumps(dict(record), allow_nan=False, separators=(",", ":")).encode() + b"\n"
@@ -117,7 +128,7 @@ class Journal:
         start = self.offset
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Not "ab": a torn last line must be overwritten, not continued.
-        with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
+        with _named(self.path), open(self.path, "r+b" if self.path.exists() else "w+b") as file:
             file.truncate(start)
             file.seek(start)
             file.write(line)

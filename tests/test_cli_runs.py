@@ -1,6 +1,8 @@
 """Run folders from the command line: nothing is lost by a mistake, a full disk, a damaged file or a signal."""
 
+import errno
 import hashlib
+import io
 import json
 import os
 import resource
@@ -16,7 +18,7 @@ import torch
 import yaml
 from test_cli import TRAIN, ftnas
 
-from ftnas import cli
+from ftnas import cli, storage
 from ftnas.report import _slug, _unused, build_report
 from ftnas.rundir import RunDir
 from ftnas.storage import save_checkpoint
@@ -131,12 +133,35 @@ def test_a_full_disk_is_told_as_one(tmp_path):
     whole = (tmp_path / "a.pt").read_bytes()
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match="File too large: .*a.pt"):
             save_checkpoint(tmp_path / "a.pt", {"x": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
     assert os.listdir(tmp_path) == ["a.pt"] and (tmp_path / "a.pt").read_bytes() == whole
+
+
+def test_a_disk_that_is_full_in_a_campaign_is_told_in_one_line_and_resumed(finished, tmp_path, monkeypatch, capsys):
+    class Full(io.FileIO):
+        def write(self, data):
+            super().write(data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def opened(path, mode):
+        return (Full if path.name == "records.jsonl" else open)(path, mode)
+
+    run = tmp_path / "run"
+    assert ftnas("train", "quickstart", *TRAIN, "--out", run) == 0
+    monkeypatch.setattr(storage, "open", opened, raising=False)
+    capsys.readouterr()
+    assert ftnas("campaign", "--resume", run) == 1
+    error = capsys.readouterr().err
+    how = f"mend that, then go on with: ftnas campaign --resume {run}"
+    last = f"error: {run}/records.jsonl: No space left on device; {how}"
+    assert error.strip().splitlines()[-1] == last and "Traceback" not in error
+    monkeypatch.undo()
+    assert ftnas("campaign", "--resume", run) == 0
+    assert (run / "records.jsonl").read_bytes() == (finished / "records.jsonl").read_bytes()
 
 
 def test_pictures_of_sweeps_do_not_share_a_file():

@@ -213,10 +213,10 @@ def verify_command(
         raise ValueError(f"{certificate} is about every image there can be; remove --config: it has no effect")
     inputs = None
     if config is not None:
-        from ftnas.config import read_config
+        from ftnas.config import read_bounded
         from ftnas.pipeline import bounded_images
 
-        images = bounded_images(read_config(config, overrides))
+        images = bounded_images(*read_bounded(config, overrides))
         inputs, _ = next(images.batches(images.num_images))
     verify(claim, load_model(model, allow_factory=allow_factory)[0], inputs)
     click.echo(f"holds: {claim.summary()}")

@@ -208,6 +208,21 @@ def read_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
     return config_from(read_data(name_or_path, overrides, folder=FOLDER))
 
 
+def read_bounded(name_or_path: str | Path, overrides: Sequence[str] = ()) -> tuple[DataConfig, ToleranceConfig]:
+    """Read of a config, which may be another one's, what its bounds are about; nothing that it names is imported.
+
+    Raises:
+        ValueError: One line, as `read_config`; or it has no bounds.
+    """
+    plain = read_data(name_or_path, overrides, folder=FOLDER)
+    if plain.get("bounds") is None:
+        raise ValueError(f"the config {plain.get('name')!r} has no bounds section")
+    return (
+        parse(DataConfig, plain.get("data") or {}, where="data"),
+        parse(ToleranceConfig, plain["bounds"], where="bounds"),
+    )
+
+
 def config_from(data: Mapping[str, Any]) -> RunConfig:
     """Build a config from plain data, e.g. that of a run folder."""
     return parse(RunConfig, data)

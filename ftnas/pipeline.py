@@ -14,7 +14,7 @@ from torch import nn
 
 from ftnas.campaign import Subject, run_campaign
 from ftnas.config import SEARCHES, GivenModel, RunConfig
-from ftnas.data import ImageSet, load, stratified_split
+from ftnas.data import DataConfig, ImageSet, load, stratified_split
 from ftnas.derive import WINNER
 from ftnas.models import ModelConfig, build_spec, call_factory, check_state, count, describe, load_model
 from ftnas.parallel import SearchJob, check_ranks, search_on_ranks
@@ -27,7 +27,7 @@ from ftnas.search import SearchConfig
 from ftnas.single import run_single_faults
 from ftnas.space import Genotype
 from ftnas.storage import load_checkpoint
-from ftnas.tolerance import run_tolerance
+from ftnas.tolerance import ToleranceConfig, run_tolerance
 from ftnas.trainings import MODEL, STOPPED, Failure, Training, check_failures, train_in_turn
 from ftnas.tuning import train_on_workers
 from ftnas.workers import open_pool
@@ -211,7 +211,7 @@ class Pipeline:
         config = self.config.bounds
         if config is None:
             raise ValueError(f"the config {self.config.name!r} has no bounds section")
-        images = bounded_images(self.config, self._test_images())
+        images = _some(self._test_images(), config.images)
         seed = seed_for(self.config.seed, "bounds")
         return run_tolerance(list(self._subjects()), images, config=config, seed=seed, folder=self.run)
 
@@ -351,15 +351,13 @@ def _from_factory(given: GivenModel, *, num_classes: int, in_channels: int) -> n
     return network
 
 
-def bounded_images(config: RunConfig, images: ImageSet | None = None) -> ImageSet:
-    """Return the images that the bounds of a config are about, of the test images (None: loaded, on the CPU).
+def bounded_images(data: DataConfig, bounds: ToleranceConfig) -> ImageSet:
+    """Return the test images that the bounds of a config are about, on the CPU.
 
     Raises:
-        ValueError: The config has no bounds, or the dataset is missing or unreadable.
+        ValueError: The dataset is missing or unreadable.
     """
-    if config.bounds is None:
-        raise ValueError(f"the config {config.name!r} has no bounds section")
-    return _some(load(config.data, "test") if images is None else images, config.bounds.images)
+    return _some(load(data, "test"), bounds.images)
 
 
 def _some(images: ImageSet, number: int | None) -> ImageSet:

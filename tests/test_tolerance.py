@@ -121,6 +121,17 @@ def test_a_certificate_of_images_is_verified_with_the_config_that_names_them(run
     assert "remove --config: it has no effect" in capsys.readouterr().err
 
 
+def test_a_certificate_imports_nothing_that_its_config_names(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["hardware"]["fault"] = {"name": "evil:Fault"}
+    claim = run / "bounds" / "perceptron" / "seed-0" / "images.json"
+    given = ("verify", claim, run / "train" / "model.pt", "--allow-factory", "--config", write(tmp_path, config))
+    assert ftnas(*given) == 0
+    assert "evil" not in sys.modules and "holds: " in capsys.readouterr().out
+
+
 def test_finished_numbers_are_kept(run, capsys):
     path = run / "bounds" / "perceptron" / "seed-0" / "bounds.json"
     before = path.stat().st_mtime_ns

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -349,6 +350,7 @@ def main() -> None:
     """Run the command line; a ValueError is a user's mistake: one line and exit code 2."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is open is closed
     sys.unraisablehook = _interrupt_again
+    warnings.showwarning = _warn
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:
@@ -378,6 +380,10 @@ def _interrupt_again(lost: sys.UnraisableHookArgs) -> None:
         os.kill(os.getpid(), again)
 
     _thread.start_new_thread(send, ())  # a Thread waits for its start, and the signal could come meanwhile
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print("warning:", " ".join(str(message).split()), file=sys.stderr)
 
 
 def _explain(error: Exception) -> None:

@@ -225,6 +225,8 @@ def read_bounded(name_or_path: str | Path, overrides: Sequence[str] = ()) -> tup
 
 def config_from(data: Mapping[str, Any]) -> RunConfig:
     """Build a config from plain data, e.g. that of a run folder."""
+    if "partition" in data and "version" not in data:
+        raise ValueError("this is a study of nodes; the command of `ftnas nodes` that began it goes on with it")
     return parse(RunConfig, data)
 
 

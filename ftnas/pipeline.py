@@ -363,6 +363,8 @@ def bounded_images(data: DataConfig, bounds: ToleranceConfig) -> ImageSet:
 def _some(images: ImageSet, number: int | None) -> ImageSet:
     """Return that many of the images, stratified, always the same ones; all of them for None."""
     if number is None or number >= images.num_images:
+        if number is not None and number > images.num_images:
+            say(f"note: {number} images are asked for, and there are {images.num_images}; all are taken")
         return images
     chosen, _ = stratified_split(images.labels, number / images.num_images, seed=0)
     return images.subset(chosen)

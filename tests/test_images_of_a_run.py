@@ -75,3 +75,16 @@ def test_a_model_meets_images_of_its_own_size_and_normalisation(started, tmp_pat
     given[-1] = f"data={{name: image_folder, root: '{other}'}}"
     assert ftnas("campaign", "quickstart", *given, "--out", tmp_path / "brighter-run") == 0
     assert "note: net was trained on images of another mean and deviation" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default")
+def test_images_that_are_left_out_or_not_there_are_told_in_one_line(tmp_path, capsys):
+    root = folder_of(tmp_path / "images", 1)
+    (root / "train" / "a" / "0.png").write_bytes(b"no image")
+    data = f"data={{name: image_folder, root: '{root}', unreadable: skip}}"
+    more = ["campaign.images=100", "bounds=null"]
+    assert ftnas("run", "quickstart", *TRAIN, *more, data, "--out", tmp_path / "run") == 0
+    said = capsys.readouterr().err.splitlines()
+    (line,) = (line for line in said if "unreadable images were skipped" in line)
+    assert line.startswith("warning: 1 unreadable images were skipped: ") and "UserWarning" not in "".join(said)
+    assert "note: 100 images are asked for, and there are 12; all are taken" in said

@@ -30,6 +30,7 @@ from ftnas.faults import (
 from ftnas.faults.bounds import WeightBound, stored_bound
 from ftnas.faults.saturation import power_of_two
 from ftnas.faults.trace import trace_feature_points
+from ftnas.quantize import FixedPoint
 from ftnas.regularizers import Dropout, Regularization
 
 X = torch.randn(4, 3, 6, 6, generator=rng.generator(0, "x"))
@@ -401,6 +402,19 @@ def test_a_draw_is_the_same_under_another_default_number_format(fault, dtype, tm
         finally:
             torch.set_default_dtype(torch.float32)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 9), (torch.float16, 12), (torch.float32, 24)])
+def test_words_are_no_wider_than_the_numbers_of_the_model_hold(dtype, bits):
+    every = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.float64)
+    assert torch.equal(every.to(dtype).double(), every)
+    model = built(normed, lambda layer: layer).to(dtype)
+    with torch.no_grad(), inject(model, quantization=FixedPoint(bits=bits)):
+        model(X.to(dtype))
+    if dtype != torch.float32:
+        assert not torch.equal((every * 2 + 1).to(dtype).double(), every * 2 + 1)
+        with pytest.raises(ValueError, match=f"up to {bits} bits exactly, and quantization has {bits + 1}"):
+            inject(model, quantization=FixedPoint(bits=bits + 1))
 
 
 def test_lazy_layers_are_refused_before_their_first_forward():

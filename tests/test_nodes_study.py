@@ -262,3 +262,10 @@ def test_variants_that_run_the_models_of_another(tmp_path):
 def test_bad_configs_are_one_line(changed, message):
     with pytest.raises(ValueError, match=message):
         parse(NodesConfig, SMALL | changed)
+
+
+def test_a_study_of_nodes_is_told_from_a_run(tmp_path):
+    _, run = open_study(write(tmp_path / "c.yaml"), tmp_path / "run")
+    run.close()
+    result = CliRunner().invoke(cli, ["run", "--resume", str(tmp_path / "run")])
+    assert "this is a study of nodes; the command of `ftnas nodes` that began it goes on" in str(result.exception)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -40,6 +41,14 @@ def check(
         raise ValueError("the model has lazy layers whose weights are not made yet; run it once before inject")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device and has no values to fault; load it on cpu or cuda first")
+    bits = 0 if quantization is None else max(quantization.weights.bits, quantization.features.bits)
+    for dtype in {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}:
+        most = 2 - round(math.log2(torch.finfo(dtype).eps))  # a word of one bit more than a number has digits
+        if bits > most:
+            raise ValueError(
+                f"a model of {dtype} holds words of up to {most} bits exactly, and quantization has {bits}; use fewer "
+                "bits, or model.float()"
+            )
     for fault in faults:
         if not isinstance(fault, Fault):
             raise ValueError(f"inject takes fault models such as MiBB(mac_error_rate=1e-4), got {fault!r}")

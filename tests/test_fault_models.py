@@ -9,8 +9,10 @@ import pytest
 import torch
 from faulty import ALARM, CASES, VARIATIONS, assert_binomial, assert_uniform, gen, on_grid, site_of
 from scipy import stats
+from torch import nn
 
-from ftnas.faults import AdSAF, BitAdSAF, MiBB, Plan
+from ftnas import inject
+from ftnas.faults import AdSAF, BitAdSAF, LogNormalVariation, MiBB, Plan
 from ftnas.quantize import FixedPoint
 
 # MiBB, eq. 8
@@ -221,3 +223,20 @@ def test_persistence_is_a_higher_rate_and_never_above_one(name):
     assert torch.equal(one.sites, other.sites) and torch.equal(one.codes, other.codes)
     with pytest.raises(ValueError, match="persistence times the rate must not exceed 1, got 8 [*] 0.2"):
         lasting.with_rate(0.2)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_cells_are_stuck_at_the_largest_weight_that_was_written_whatever_fails_before(gradients):
+    """R is max|w| of the quantized tensor (eq. 9): variation that comes first has no part in it."""
+    layer = nn.Linear(20, 20)
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(-0.9, 0.8, 400).view(20, 20))
+    varied, stuck = LogNormalVariation(sigma=0.5), AdSAF(sa0_rate=0.0, sa1_rate=0.3, stuck_at="max")
+    with inject(layer, varied, stuck, quantization=FixedPoint(bits=8), seed=1) as injection:
+        with torch.set_grad_enabled(gradients):
+            layer(torch.zeros(1, 20))
+            weight = layer.weight.detach().reshape(-1)
+        hit = injection.plans().plans[1, "", 0].sites
+    largest = float(torch.round(torch.tensor(0.9 * 128)) / 128)
+    assert len(hit) > 80 and set(weight[hit].abs().tolist()) == {largest}
+    assert weight.abs().max() > largest  # by variation

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ftnas.faults.base import Fault, Plan, Site, Where
 from ftnas.faults.where import restrict
+from ftnas.quantize import Grid
 from ftnas.rng import Label, generator, seed_for
 
 DrawOn = Literal["cpu", "device"]
@@ -107,6 +109,12 @@ class Drawing:
             if fresh is not None:
                 self._last[key] = (draw, fresh)
             yield placed, plan.to(device), fresh
+
+    def measured(self, values: Tensor, grid: Grid | None) -> Grid | None:
+        """Return the grid with the largest magnitude of the values where a fault needs it that others come before."""
+        if grid is None or len(self.placed) < 2 or not any(placed.fault.needs_largest for placed in self.placed):
+            return grid
+        return replace(grid, largest=values.abs().amax())
 
     @property
     def draws_rows(self) -> bool:

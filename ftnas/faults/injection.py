@@ -378,7 +378,7 @@ class Injection:
 
     def _apply(self, drawing: Drawing, out: Tensor, site: Site, grid: Grid | None, index: int) -> list[Plan]:
         """Apply the faults of one kind to a tensor in place; return their plans."""
-        plans = []
+        plans, grid = [], drawing.measured(out, grid)
         for placed, plan, fresh in drawing.plans(site, self._current, index, out.device):
             fault = placed.fault
             before = self._watch.values(out, plan) if self._watch is not None else None

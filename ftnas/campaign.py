@@ -263,8 +263,8 @@ class Measure:
     def __call__(self, point: Point) -> dict[str, Any]:
         """Return the record of a point."""
         sweep = point.sweep
-        under = self.hardware.with_fault(sweep.fault, *sweep.also)
-        under = under.with_rate(point.rate) if point.rate else under.at_rest()
+        also = sweep.also if point.rate else [fault.with_rate(0.0) for fault in sweep.also]
+        under = self.hardware.with_fault(sweep.fault.with_rate(point.rate), *also)
         device_seed = seed_for(self.seed, "device", point.device or 0)
         name, errors = self.identity["model"], self.config.errors
         with about(name), under.inject(self.model, seed=device_seed, errors=errors) as injection:

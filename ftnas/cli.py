@@ -48,7 +48,7 @@ def cli() -> None:
       ftnas campaign CONFIG  measure models under the same faults
     `ftnas bounds CONFIG` certifies what models tolerate.
     `ftnas run CONFIG` does all that the config asks for; `ftnas configs` lists what ships.
-    Exit codes: 0 done, 2 a mistake in what was given (one line says which), 1 anything else.
+    Exit codes: 0 done, 2 a mistake in what was given (one line says which), 130 or 143 interrupted, 1 anything else.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
 
 
@@ -106,7 +106,7 @@ def _told_how_to_go_on(how: str) -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             raise
-        reason = error.strerror or type(error).__name__
+        reason = error.strerror or str(error) or type(error).__name__
         raise RuntimeError(f"{error.filename}: {reason}; mend that, then {how}") from error
 
 
@@ -146,7 +146,7 @@ def _open_run(
 
 @_config_command("run")
 def run_command(pipeline: Pipeline) -> None:
-    """Do every stage of CONFIG: search, train, campaign, report."""
+    """Do every stage of CONFIG: search, control, train, campaign with its report, bounds."""
     for _, stage in pipeline.stages():
         stage()
     if pipeline.config.evaluates:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ftnas.campaign import CampaignConfig
 from ftnas.data import DataConfig
@@ -33,14 +33,7 @@ _TAKEN = (MODEL, TUNE, TABLE, "events.jsonl")
 """What lies beside the folders of models in ``train/`` and ``bounds/``."""
 
 
-def _free(name: str) -> str:
-    if name.lower() in _TAKEN:
-        raise ValueError("a run has files of that name beside the folders of its models; choose another")
-    return name
-
-
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
-ModelName = Annotated[Name, AfterValidator(_free)]
 
 
 class TrainStage(Settings):
@@ -55,7 +48,7 @@ class TrainStage(Settings):
     """
 
     recipe: TrainConfig
-    models: dict[ModelName, ModelConfig] = Field(min_length=1)
+    models: dict[Name, ModelConfig] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     asha: AshaConfig | None = None
 
@@ -141,7 +134,7 @@ class RunConfig(Settings):
     single_faults: tuple[SingleFaultConfig, ...] = ()
     protections: tuple[ProtectionConfig, ...] = ()
     bounds: ToleranceConfig | None = None
-    models: dict[ModelName, GivenModel] = Field(default_factory=dict)
+    models: dict[Name, GivenModel] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _stages_fit(self) -> RunConfig:
@@ -164,15 +157,6 @@ class RunConfig(Settings):
                 "hardware.defects is a device to train for, and nothing here trains under faults, so that it has no "
                 "effect; add a train section with alpha_l above 0, or remove it"
             )
-        if self.train is not None:
-            twice = next((name for name in self.models if name in self.train.models), None)
-            if twice is not None:
-                raise ValueError(f"models.{twice}: train.models has one of that name; call one of them otherwise")
-            if self.campaign is not None and self.campaign.interval == "bootstrap" and len(self.train.seeds) > 1:
-                raise ValueError(
-                    "campaign.interval is for one training seed, and has no effect on several: reports give the "
-                    "interval over them; remove it"
-                )
         looks = self.evaluates or self.bounds is not None
         if self.models and not looks:
             raise ValueError("models are for a campaign or bounds, and there is none; add one or remove them")
@@ -205,7 +189,45 @@ def read_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
     Raises:
         ValueError: One line: the file, key or value that is wrong, and the nearest right one.
     """
-    return config_from(read_data(name_or_path, overrides, folder=FOLDER))
+    config = config_from(read_data(name_or_path, overrides, folder=FOLDER))
+    _check_new(config)
+    return config
+
+
+def _check_new(config: RunConfig) -> None:
+    """Refuse what would go wrong or has no effect, in a config that can be mended: that of an older run may have it."""
+    train, campaign, bounds = config.train, config.campaign, config.bounds
+    for name in (*config.models, *(train.models if train is not None else ())):
+        if name.lower() in _TAKEN:
+            raise ValueError(
+                f"models.{name}: a run has a file of that name beside the folders of models; choose another"
+            )
+    if train is not None and campaign is not None and campaign.interval == "bootstrap" and len(train.seeds) > 1:
+        raise ValueError(
+            "campaign.interval is for one training seed, and has no effect on several, whose reports give the interval "
+            "over them; remove it"
+        )
+    if train is not None and train.recipe.alpha_l == 1.0 and train.recipe.bn_statistics == "clean":
+        raise ValueError(
+            "train.recipe.bn_statistics: alpha_l=1 has no clean forward, and running statistics would never move; take "
+            "both or faulty, or set alpha_l below 1"
+        )
+    if config.data.unreadable != "error" and config.data.name != "image_folder":
+        raise ValueError("data.unreadable: concerns files of image_folder only; leave it out")
+    for single in config.single_faults:
+        given = _changed(single, "margin", "level", "minimum")
+        if single.exhaustive and given:
+            raise ValueError(
+                f"single_faults: {given} chooses a number of experiments, and exhaustive does all; remove it"
+            )
+    given = None if bounds is None else _changed(bounds, "failing", "draws", "share")
+    if bounds is not None and bounds.failures.component == "synapse" and given:
+        raise ValueError(f"bounds: {given} has no effect on failing synapses, of which nothing is run; remove it")
+
+
+def _changed(settings: Settings, *keys: str) -> str | None:
+    """Return the first of some settings that is not what it is when left out."""
+    return next((key for key in keys if getattr(settings, key) != type(settings).model_fields[key].default), None)
 
 
 def read_bounded(name_or_path: str | Path, overrides: Sequence[str] = ()) -> tuple[DataConfig, ToleranceConfig]:

@@ -70,7 +70,7 @@ class DataConfig(Settings):
             raise ValueError(f"data.download: has no effect on {self.name}; leave it out")
         if self.name == "digits" and self.root is not None:
             raise ValueError("data.root: has no effect on digits, which come with scikit-learn; leave it out")
-        if self.name != "image_folder" and self.unreadable != "error":
+        if self.name in TORCHVISION and self.unreadable != "error":
             raise ValueError("data.unreadable: concerns files of image_folder only; leave it out")
         return self
 

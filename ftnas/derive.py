@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 
 from ftnas.candidates import Candidates, Terms, scored
@@ -109,6 +110,8 @@ def derive(
             try:
                 fit(model, weights_images, config=recipe, hardware=hardware, seed=seed, folder=stage, title=name)
                 again.append(rank.trained(model, config.final_draws))
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:  # one that diverges is no reason to lose the others
                 say(f"warning: finalist {place + 1} failed and scores 0: {error}")
                 folder.events("finalist_failed", reason=str(error), genotype=genotype.to_dict())

@@ -41,7 +41,7 @@ def on_output(
             return None
         copy = original.clone()
         replaced(original, copy)
-        given.append((original, copy, _version(copy)))
+        given.append((original, copy, version(copy)))
         return (
             tuple(copy if value is original else value for value in args),
             {name: copy if value is original else value for name, value in kwargs.items()},
@@ -52,10 +52,10 @@ def on_output(
             return None
         other = change(output)
         if given:
-            original, copy, version = given.pop()
+            original, copy, before = given.pop()
             if output is copy:
                 other = original.copy_(other)
-            elif version < 0 or copy._version != version:
+            elif before < 0 or version(copy) != before:
                 original.copy_(copy)  # changed on the way to an output of its own
         if other is not output:
             replaced(output, other)
@@ -70,6 +70,6 @@ def on_output(
     return remove
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
     """Return how often a tensor was changed in place; -1 where nothing counts that."""
     return -1 if tensor.is_inference() else tensor._version

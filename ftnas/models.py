@@ -86,7 +86,7 @@ def about(name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{name}: {error}") from error
 
 
 def describe(config: ModelConfig, *, num_classes: int, in_channels: int, image_size: int) -> dict[str, Any]:

@@ -106,25 +106,38 @@ class Pipeline:
         Raises:
             ValueError: A file of the given models is missing, or a fault model does not fit a model.
         """
+        stage, campaign = self.config.train, self.config.campaign
         for name, given in self.config.models.items():
             path = given.file or given.checkpoint
-            if path is not None and not Path(path).is_file():
+            if path is None or self._makes(path):
+                continue
+            if not Path(path).is_file():
                 raise ValueError(f"models.{name}: no file {path}, which is needed once the trainings are done")
-        stage, campaign = self.config.train, self.config.campaign
+            if stage is not None and name in stage.models:
+                seed = 0 if given.file is None else load_model(path)[1].get("train_seed", 0)
+                if seed in stage.seeds:
+                    raise ValueError(f"models.{name}: train.models has one of that name and seed {seed}; rename one")
         for name, model in stage.models.items() if stage is not None and campaign is not None else ():
             if model.genotype in SEARCHES and not self.run.stage(model.genotype).file(WINNER).exists():
                 continue
+            if any(path is not None and self._makes(path) for path in (model.start, model.genotype)):
+                continue
             assert stage is not None and campaign is not None
             training = self._training(name, stage.seeds[0])
-            network = build_spec(training.spec, seed=0, allow_factory=True, start=model.start).eval()
+            network = build_spec(training.spec, seed=0, allow_factory=True, start=model.start).to(self.device).eval()
+            blank = torch.zeros(1, *self.train_images.shape, device=self.device)
             for sweep in campaign.sweeps:
                 under = self.config.hardware.with_fault(sweep.fault, *sweep.also)
                 try:
                     with warnings.catch_warnings(), torch.no_grad(), under.inject(network, seed=0):
                         warnings.simplefilter("ignore")
-                        network(torch.zeros(1, *self.train_images.shape))
+                        network(blank)
                 except (ValueError, RuntimeError) as error:
-                    raise ValueError(f"campaign: {sweep.label} on {name}: {error}") from None
+                    raise ValueError(f"campaign: {sweep.label} on {name}: {error}") from error
+
+    def _makes(self, path: str) -> bool:
+        """Whether a file is one that this run has still to make."""
+        return not Path(path).exists() and Path(path).resolve().is_relative_to(self.run.path.resolve())
 
     def search(self, which: str = "search") -> Genotype:
         """Run one of the config's searches, or go on with it; a finished one is read."""
@@ -163,13 +176,13 @@ class Pipeline:
         stage = self.config.train
         if stage is None:
             raise ValueError(f"the config {self.config.name!r} has no train section")
-        self._check_file("hardware.defects", self.config.hardware.defects)
-        for name, model in stage.models.items():
-            for key in ("genotype", "space", "start"):
-                self._check_file(f"train.models.{name}.{key}", getattr(model, key))
         trainings = [self._training(name, seed) for name in stage.models for seed in stage.seeds]
         failures: list[Failure] = []
         if not all(training.done for training in trainings):
+            self._check_file("hardware.defects", self.config.hardware.defects)
+            for name, model in stage.models.items():
+                for key in ("genotype", "space", "start"):
+                    self._check_file(f"train.models.{name}.{key}", getattr(model, key))
             self._check_ahead()
             _say_unreached(stage.recipe, stage.recipe.epochs, where="train.recipe")
             if self.config.pool.workers:

@@ -196,7 +196,7 @@ def _name_lines(axes: Axes, curves: Sequence[Curve]) -> None:
         )  # fmt: skip
         name = drawable(curve.name)
         axes.text(
-            1.09, placed, name if len(name) <= 26 else name[:25] + "…", transform=axes.transAxes, va="center",
+            1.09, placed, name if len(name) <= 26 else f"{name[:13]}…{name[-12:]}", transform=axes.transAxes, va="center",
             fontsize=size, color=INK, parse_math=False,
         )  # fmt: skip
 

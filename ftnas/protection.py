@@ -34,7 +34,7 @@ Method = Literal["triplicate", "ecc", "clip"]
 class ProtectionConfig(Settings):
     """A what-if: the best layers to protect against one fault model at one rate.
 
-    How much each layer matters is measured on held-out training images, by faults in that layer alone. Layers are then
+    How much each layer matters is measured on training images, by faults in that layer alone. Layers are then
     taken by benefit per cost while the budget lasts, and what comes out is measured on the test images.
 
     Attributes:

@@ -40,6 +40,11 @@ class SgdConfig(Settings):
     Attributes:
         method: ``sgd`` with momentum, or ``adamw``.
         batch_size: Images per step; the last, smaller batch of an epoch is dropped.
+        lr: Learning rate that the schedule begins with.
+        momentum: Of ``sgd``.
+        weight_decay: L2 penalty of ``sgd``, decoupled decay of ``adamw``.
+        schedule: How the learning rate falls: ``step`` or ``cosine``.
+        augment: Crop, flip and cutout.
         grad_clip: Largest 2-norm of the gradient; None does not clip.
         alpha_l: Weight of the faulty loss, eq. 13; 0 trains without faults.
         mask_gradients: Stop gradients at faulty positions.

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from ftnas.hooks import on_output
 from ftnas.settings import Positive, Settings, did_you_mean
@@ -55,15 +56,21 @@ class _AtLayers(Settings):
         named = {name: module for name, module in model.named_modules() if name}
         chosen: dict[str, nn.Module] = {}
         for selector in self.layers:
-            own = {n: m for n, m in named.items() if type(m).__name__.lower() == selector}
+            own = {n: m for n, m in named.items() if _kind(m) == selector}
             found = own or {n: m for n, m in named.items() if fnmatchcase(n, selector)}
             if not found:
-                types = {type(module).__name__.lower() for module in named.values()}
+                types = {_kind(module) for module in named.values()}
                 raise ValueError(
                     f"regularizers: {selector!r} matches no layer; by type {did_you_mean(selector, types)}"
                 )
             chosen |= found
         return list(chosen.values())
+
+
+def _kind(module: nn.Module) -> str:
+    """Return a type in small letters; a layer whose weight is parametrized (saturated, say) has that of its base."""
+    kind = type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+    return kind.__name__.lower()
 
 
 class CrashVariance(_AtLayers):

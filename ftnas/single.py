@@ -65,9 +65,6 @@ class SingleFaultConfig(Settings):
 
     @model_validator(mode="after")
     def _countable(self) -> SingleFaultConfig:
-        for key in ("margin", "level", "minimum") if self.exhaustive else ():
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} chooses a number of experiments, and exhaustive does all; remove either")
         if self.fault.persistence != 1.0:
             raise ValueError("a single fault has no rate that persistence could multiply; remove it")
         probe = Site("", (1, 1, 1), 1, 8)

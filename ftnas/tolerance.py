@@ -76,9 +76,6 @@ class ToleranceConfig(Settings):
             raise ValueError("failures: without a capacity no network tolerates a byzantine component; give capacity")
         for bits in self.bits:
             FixedPoint(bits=bits)
-        for key in ("failing", "draws", "share") if self.failures.component == "synapse" else ():
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} has no effect on failing synapses, of which nothing is run; remove it")
         whole_lies = self.failures.unit == "channel" and self.failures.kind != "crash"
         if self.local_images and (whole_lies or self.failures.component == "synapse"):
             raise ValueError("local_images are for single neurons, or channels that crash; leave it out here")

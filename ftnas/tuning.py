@@ -88,9 +88,10 @@ def train_on_workers(
         outcomes = _tune(work, pool, asha=asha, gpus=gpus, folder=folder)
     finally:
         stop()
-    failures = _settle(parts, outcomes)
-    failed = {failure.key.partition("/rate-")[0] for failure in failures}
-    rest = [training for training in todo if training.recipe.rate_protocol is not None and training.key not in failed]
+    rest = [training for training in todo if training.recipe.rate_protocol is not None]
+    decided = {training.key for training in rest}
+    # a rate that failed may be one that is not needed: in turn, those after the first that passes are not tried
+    failures = [f for f in _settle(parts, outcomes) if f.key.partition("/rate-")[0] not in decided]
     if rest:  # decides between rates that are trained
         result = attempt(lambda waiting: train_in_turn(waiting, images), rest, threads=threads)
         failures += result.get()

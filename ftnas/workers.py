@@ -129,7 +129,8 @@ class RayPool(Pool):
         due, more = 0, True
         try:
             while more or again or flying or found:
-                while (again or more) and len(flying) < IN_FLIGHT * len(self._actors) and len(found) < AHEAD:
+                # what is made again is due before what was found ahead of it
+                while len(flying) < IN_FLIGHT * len(self._actors) and (again or more and len(found) < AHEAD):
                     call = again.popleft() if again else self._next(source)
                     if call is None:
                         more = False

@@ -139,6 +139,19 @@ def test_a_function_keeps_features_within_their_range(function):
 
 
 @pytest.mark.parametrize("function", NUMPY)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_functions_of_large_features_of_short_numbers(function, dtype):
+    x = torch.tensor([300.0, -1000.0, 30000.0], dtype=dtype, requires_grad=True)
+    out = saturated(x, torch.tensor(512.0), Rule(function))
+    exact = NUMPY[function](x.detach().double().numpy(), 512.0)
+    assert (
+        out.dtype == dtype and np.abs(out.detach().double().numpy() / exact - 1).max() <= torch.finfo(dtype).eps * 1.5
+    )
+    out.sum().backward()
+    assert x.grad[0] > 0 > x.grad[1] - 1 and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("function", NUMPY)
 def test_slope_and_limits_of_the_functions_of_features(function):
     limit = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     x = torch.tensor([0.0, 0.3, -2.0, torch.inf, -torch.inf, torch.nan], dtype=torch.float64, requires_grad=True)

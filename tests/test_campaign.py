@@ -170,6 +170,14 @@ def test_formats_of_further_faults_stay_at_rate_0(images, tmp_path):
     assert without["correct"] == under["correct"]
 
 
+def test_rate_0_differs_in_its_rate_alone(images, tmp_path):
+    config = CampaignConfig(sweeps=[SWEEPS[0]], devices=1, batch_size=50)
+    hardware = Hardware(layers=None, protect=("conv2d",))
+    with RunDir.create(tmp_path / "run", {}) as folder:
+        records = run_campaign([subject("a")], images, config=config, hardware=hardware, seed=0, folder=folder)
+    assert len({record["sites"] for record in records}) == 1
+
+
 def test_nan_that_a_model_reads_as_zero_are_counted(images, tmp_path):
     sweeps = [{"fault": {"name": "weight_bit_flip", "bit_error_rate": 0, "dtype": "fp16"}, "rates": [0.4]}]
     config = CampaignConfig(sweeps=sweeps, devices=5, batch_size=50)

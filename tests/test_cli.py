@@ -134,6 +134,10 @@ MISTAKES = {
     ),
     "genotype of a search that is not there": (["run", "quickstart", "control=null"], "genotype of a control"),
     "faulty loss without faults": (["run", "quickstart", "hardware.fault=null"], "there is no fault model"),
+    "statistics that nothing moves": (
+        ["train", "quickstart", *TRAIN, "train.recipe.alpha_l=1", "train.recipe.bn_statistics=clean"],
+        "running statistics would never move",
+    ),
     "device that nothing trains for": (["campaign", "reliability", "hardware.defects=chip.npz"], "has no effect"),
     "protection without a method": (["campaign", "reliability", "protections.0.method=tmr"], "'triplicate', 'ecc' or"),
     "single faults that cannot be counted": (
@@ -145,15 +149,15 @@ MISTAKES = {
     "device that is not there": (["train", "quickstart", *TRAIN, "device=tpu"], "device"),
     "model called like a file": (
         ["train", "quickstart", *TRAIN, "train.models={Model.pt: {baseline: resnet8}}"],
-        "choose another, got 'Model.pt'",
+        "models.Model.pt: a run has a file of that name",
     ),
     "model called like a folder of the trials": (
         ["train", "quickstart", *TRAIN, "train.models={tune: {baseline: resnet8}}"],
-        "choose another, got 'tune'",
+        "models.tune: a run has a file of that name",
     ),
     "given model called like a table": (
         ["campaign", "quickstart", *TRAIN, "models={table.md: {file: model.pt}}"],
-        "choose another, got 'table.md'",
+        "models.table.md: a run has a file of that name",
     ),
     "layers that match nothing": (
         ["train", "quickstart", *TRAIN, "hardware.layers=conv3d"],

@@ -279,6 +279,35 @@ def test_crashes_of_a_layer_in_place_are_seen_where_its_return_value_is_not_read
     torch.testing.assert_close(found.variance, truth.variance)
 
 
+def test_joint_crashes_of_a_layer_in_place_are_seen_too():
+    x = normal(3, 4)
+    truth, found = (exact_jointly([(Cut(Ignores(inplace=inplace), "act"), 0.2)], x) for inplace in (False, True))
+    assert truth.mean.abs().max() > 0
+    torch.testing.assert_close(found.mean, truth.mean)
+    torch.testing.assert_close(found.variance, truth.variance)
+
+
+@torch.no_grad()
+def test_a_unit_that_is_not_finite_is_0_once_it_has_crashed():
+    class Blown(nn.Module):
+        def forward(self, x):
+            return torch.where(torch.arange(4) == 1, torch.inf, x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blown, self.last = Blown(), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(self.blown(x).clamp(-3.0, 3.0))
+
+    with isolated(0, "net"):
+        cut, x = Cut(Net(), "blown"), normal(2, 4)
+    truth, found = exact(cut, x, p=0.2), exact_jointly([(cut, 0.2)], x)
+    assert truth.mean.isfinite().all()
+    torch.testing.assert_close(found.mean, truth.mean)
+
+
 @torch.no_grad()
 def test_a_cut_before_the_sum_of_a_residual_block_leaves_the_network_as_it_is():
     with isolated(0, "net"):

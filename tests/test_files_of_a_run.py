@@ -1,5 +1,6 @@
 """A run and the files that its config names: spaces, weights, devices; mistakes that are found before the work."""
 
+import hashlib
 import json
 
 import pytest
@@ -78,7 +79,7 @@ def test_a_run_does_not_go_on_with_a_file_that_was_changed(setting, tmp_path, ca
     before = path.read_bytes()
     assert ftnas(command, "quickstart", *(text.replace("FILE", str(path)) for text in overrides), "--out", run) == 0
     assert setting in json.loads((run / "run.json").read_text())["files"]
-    for made in (*run.rglob("genotype.json"), *run.rglob("records.jsonl")):
+    for made in (*run.rglob("genotype.json"), *run.rglob("records.jsonl"), *run.rglob("model.pt")):
         made.unlink()  # as in a run that was cut
     write(path, 1)
     assert path.read_bytes() != before
@@ -97,9 +98,12 @@ AHEAD = {
         "campaign: mibb on net: layers='nothing*' matches no layer",
     ),
     "file": (["models={given: {file: gone.pt}}"], "models.given: no file gone.pt, which is needed once"),
-    "name": (["models={net: {file: gone.pt}}"], "models.net: train.models has one of that name"),
+    "name": (["models={net: {file: 'FILE'}}"], "models.net: train.models has one of that name and seed 0"),
     "interval": (["train.seeds=[0, 1]", "campaign.interval=bootstrap"], "is for one training seed"),
-    "experiments": (["single_faults=[{fault: {name: mibb}, exhaustive: true, margin: 0.1}]"], "remove either"),
+    "experiments": (
+        ["single_faults=[{fault: {name: mibb}, exhaustive: true, margin: 0.1}]"],
+        "margin chooses a number of experiments",
+    ),
     "unreadable": (["data.unreadable=skip"], "concerns files of image_folder only"),
 }
 
@@ -108,6 +112,38 @@ AHEAD = {
 def test_a_mistake_in_what_is_measured_is_told_before_the_training(mistake, tmp_path, capsys):
     changes, message = AHEAD[mistake]
     run = tmp_path / "run"
+    write_weights(tmp_path / "file.pt", 0)
+    changes = [change.replace("FILE", str(tmp_path / "file.pt")) for change in changes]
     assert ftnas("run", "quickstart", *ONE, *changes, "--out", run) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and not run.exists()
+
+
+def test_one_name_for_several_training_seeds_from_two_runs(tmp_path):
+    write_weights(tmp_path / "file.pt", 0)
+    changes = ["train.seeds=[1, 2]", f"models={{net: {{file: '{tmp_path / 'file.pt'}'}}}}"]
+    assert ftnas("run", "quickstart", *ONE, *changes, "--out", tmp_path / "run") == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+    assert {(record["model"], record["train_seed"]) for record in records} == {("net", seed) for seed in range(3)}
+
+
+def test_a_run_may_name_what_it_has_still_to_make(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = "train.models={searched: {genotype: run/search/genotype.json}}"
+    campaign = ["campaign.sweeps=[{fault: {name: mibb, mac_error_rate: 0.01}, rates: [0.01]}]", "campaign.images=10"]
+    assert ftnas("run", "quickstart", *SEARCH[:-1], given, *campaign, "campaign.devices=1", "--out", "run") == 0
+
+
+def test_a_run_of_an_older_config_goes_on(tmp_path, capsys):
+    """What a new config is refused for stays as it is in one that cannot be changed any more."""
+    run = tmp_path / "run"
+    assert ftnas("train", "quickstart", *ONE, "train.seeds=[0, 1]", "--out", run) == 0
+    data = yaml.safe_load((run / "config.yaml").read_text())
+    data["campaign"]["interval"], data["data"]["unreadable"] = "bootstrap", "skip"
+    text = yaml.safe_dump(data, sort_keys=False).encode()
+    (run / "config.yaml").write_bytes(text)
+    info = json.loads((run / "run.json").read_text()) | {"config_sha256": hashlib.sha256(text).hexdigest()}
+    (run / "run.json").write_text(json.dumps(info))
+    assert ftnas("campaign", "--resume", run) == 0
+    assert ftnas("campaign", run / "config.yaml", "--out", tmp_path / "new") == 2
+    assert "campaign.interval is for one training seed" in capsys.readouterr().err

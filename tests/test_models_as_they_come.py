@@ -27,7 +27,7 @@ from ftnas.faults import (
     NodeDown,
     WeightBitFlip,
 )
-from ftnas.faults.bounds import WeightBound, stored_bound
+from ftnas.faults.bounds import FeatureBound, WeightBound, stored_bound
 from ftnas.faults.saturation import power_of_two
 from ftnas.faults.trace import trace_feature_points
 from ftnas.quantize import FixedPoint
@@ -424,3 +424,111 @@ def test_lazy_layers_are_refused_before_their_first_forward():
     model(X)
     with inject(model, AdSAF(), quantization=FIXED):
         model(X)
+
+
+# What a forward for looking, and what a hook, may do
+
+
+class First(nn.Module):
+    """Makes things in its first forward: a hook, a submodule, weights that follow the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.ready = nn.Linear(6, 6), False
+
+    def forward(self, x):
+        if not self.ready:
+            self.ready = True
+            self.layer.register_forward_hook(lambda _module, _given, output: output + 1)
+            self.last = nn.Identity()
+            with torch.no_grad():
+                self.layer.bias.add_(x.mean())
+        return self.last(self.layer(x))
+
+
+def test_what_a_model_makes_in_its_first_forward_is_made_once():
+    plain, injected = built(First), built(First)
+    with torch.no_grad():
+        plain(X)
+        with inject(injected, MiBB(mac_error_rate=1e-3), quantization=FIXED, seed=1):
+            injected(X)
+        assert len(injected.layer._forward_hooks) == 1 and isinstance(injected.last, nn.Identity)
+        assert torch.equal(plain(X), injected(X))
+
+
+def test_a_hook_that_changes_its_argument_in_place_reads_it():
+    model = built(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+
+    def double(_module, given):
+        given[0].mul_(2)
+
+    model[1].register_forward_pre_hook(double)
+    assert points(model) == {"0": "0"}
+
+
+def test_an_activation_function_in_a_hook_is_met():
+    model = built(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Identity()))
+
+    def activate(_module, given):
+        F.relu_(given[0])
+
+    model[2].register_forward_pre_hook(activate)
+    assert trace_feature_points(model, (X,), {}).activated == {("0", 0)}
+
+
+def test_a_bound_moves_nothing_else():
+    for settings in (
+        {"weights": WeightBound(value=1.0)},
+        {"weights": WeightBound(std_multiple=2.0)},
+        {"features": FeatureBound(value=1.0)},
+    ):
+        model = built(normed, parametrizations.spectral_norm).train()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        bound(model, **settings)
+        after = model.state_dict()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        assert model[0].parametrizations.weight[0].training
+
+
+def test_kept_weights_matter_only_where_weights_are_read():
+    model = built(normed, parametrizations.weight_norm)
+    with torch.no_grad(), parametrize.cached(), inject(model, NodeDown(rate=0.0, nodes={"n": ["1"]}), seed=1):
+        model(X)
+
+
+def test_words_of_layers_alone_must_fit():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale = nn.Linear(6, 2), nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+
+        def forward(self, x):
+            return self.layer(x) * self.scale
+
+    model = built(Net)
+    with torch.no_grad(), inject(model, quantization=FixedPoint(bits=16)):
+        model(X)
+
+
+def test_what_a_model_returns_may_hold_anything():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 2)
+
+        def forward(self, x):
+            found = Answer(self.layer(x), torch)
+            found.me, found.many = found, []
+            found.many.append(found.many)
+            return found
+
+    assert points(built(Net)) == {"layer": "layer"}
+
+
+def test_the_class_of_a_layer_comes_back():
+    model = built(lambda: nn.Sequential(nn.Conv2d(3, 4, 3)))
+    parametrize.register_parametrization(model[0], "bias", nn.Identity())
+    kind = type(model[0])
+    with torch.no_grad(), inject(model, AdSAF(), quantization=FIXED, seed=1):
+        model(X)
+    assert type(model[0]) is kind

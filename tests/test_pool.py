@@ -25,7 +25,7 @@ from ftnas.faults.hardware import Hardware
 from ftnas.pool import PoolConfig
 from ftnas.rundir import RunDir
 from ftnas.space import Genotype
-from ftnas.workers import open_pool, start_ray
+from ftnas.workers import AHEAD, open_pool, start_ray
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:ray.*", "ignore::DeprecationWarning:ray.*")
 CONFIGS = {"in process": PoolConfig(threads=1), "ray": PoolConfig(workers=2)}
@@ -270,6 +270,19 @@ def test_results_are_in_order_and_errors_keep_their_type(kind, ray_started):
     assert results[3].reason == "ValueError: three is refused"
     with pytest.raises(ValueError, match="three is refused"):
         results[3].get()
+
+
+def test_a_task_whose_worker_dies_is_made_again_though_all_after_it_are_done(ray_started):
+    def job(task):
+        if task == 0:
+            time.sleep(1.0)  # by then all that may be found ahead is found
+            os.kill(os.getpid(), signal.SIGKILL)
+        return task
+
+    with open_pool(CONFIGS["ray"], events=lambda *_, **__: None) as pool:
+        results = list(pool.map(pool.put(job), range(3 * AHEAD)))
+    assert results[0].reason.endswith("its worker died 3 times")
+    assert [result.value for result in results[1:]] == list(range(1, 3 * AHEAD))
 
 
 def test_tasks_are_taken_as_there_is_work(ray_started):

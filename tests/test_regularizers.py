@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ftnas import saturate
 from ftnas.baselines import chain_of_convolutions, create
 from ftnas.bounds import Cut, linear
 from ftnas.data import DataConfig, load
@@ -167,6 +168,17 @@ def test_dropout_crashes_units_and_does_not_scale():
         assert abs(share - 0.3) < 5 * math.sqrt(0.21 / count)
         assert (found.amin(2) == found.amax(2)).all() == (unit == "channel")
     assert torch.equal(net(x), x.flatten(1))  # nothing stays
+
+
+@pytest.mark.parametrize("which", [(), ("0",), ("0", "3")])
+def test_saturated_layers_are_of_their_type_too(which):
+    net = small_net()
+    for name in which:
+        saturate(net, "tanh", layers=name)
+    found = Dropout(layers=("conv2d",), rate=0.1).modules(net)
+    assert [id(module) for module in found] == [id(net[0]), id(net[3])]
+    with pytest.raises(ValueError, match="'convv2d' matches no layer; by type did you mean 'conv2d'"):
+        Dropout(layers=("convv2d",), rate=0.1).modules(net)
 
 
 @pytest.mark.parametrize("read", [True, False])

@@ -174,7 +174,7 @@ def test_other_failures(tmp_path, failures):
         ({"shares": 0.5}, "bounds.shares: unknown key; did you mean 'share'?"),
         ({"budget": 0.0}, "bounds.budget"),
         ({"bits": [40]}, "bits"),
-        ({"failures": {"component": "synapse"}}, "failing has no effect on failing synapses"),
+        ({"failures": {"component": "synapse"}, "local_images": 0}, "failing has no effect on failing synapses"),
         (
             {"failures": {"unit": "channel", "kind": "byzantine", "capacity": 1.0}},
             "local_images are for single neurons",

@@ -6,9 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from test_cli import ftnas
+
+from ftnas import tuning
+from ftnas.data import load
 
 NETS = """
 import os, signal
@@ -137,6 +141,29 @@ def test_rates_side_by_side_keep_the_one_that_is_kept_in_turn(setting):
     assert kept[0] == kept[1] and kept[0][-1] == (0.01, True)
     assert not (runs[0] / "train/good/seed-0/rate-0.001").exists()  # in turn it is not needed
     assert (runs[1] / "train/good/seed-0/rate-0.001").exists()
+
+
+def test_a_rate_that_is_not_needed_may_fail(tmp_path, monkeypatch):
+    """In turn it is not tried; side by side it is, and another one is kept all the same."""
+    recipe = {"rate_protocol": [0.001, 0.0001], "rate_threshold": 0.05, "epochs": 1}
+    path = config(tmp_path / "rates.json", "good", recipe=recipe)
+
+    def outcomes(work, pool, *, asha, gpus, folder):
+        for key, part in work.parts.items():
+            failed = part.rate == 0.0001
+            if not failed:
+                part.run(load(part.data, "train"))
+            metrics = (
+                {"failed": "RuntimeError: the loss is NaN", "mistake": False, "trace": ""} if failed else {"epoch": 1}
+            )
+            yield SimpleNamespace(config={"training": key}, metrics=metrics, error=None)
+
+    monkeypatch.setattr(tuning, "_tune", lambda *args, **options: list(outcomes(*args, **options)))
+    monkeypatch.setattr(tuning, "start_ray", lambda *_, **__: lambda: None)
+    monkeypatch.setattr(tuning, "_check_room", lambda *_: None)
+    assert ftnas("train", path, "--workers", 2, "--out", tmp_path / "side") == 0
+    assert ftnas("train", path, "--out", tmp_path / "turn") == 0
+    assert models(tmp_path / "side") == models(tmp_path / "turn") != []
 
 
 @pytest.mark.slow

@@ -113,7 +113,12 @@ def _errors(failing: Failing, inputs: Tensor, alive: Tensor, units: Sequence[int
 
 
 def _masking(cut: Cut, mask: Tensor) -> Callable[[object, object, Tensor], Tensor]:
-    return lambda _module, _args, output: _masked(cut, output, mask)
+    def give(module: object, _args: object, output: Tensor) -> Tensor:
+        masked = _masked(cut, output, mask)
+        in_place = getattr(module, "inplace", False)  # then what it read is the same memory, read by others too
+        return output.copy_(masked) if in_place else masked
+
+    return give
 
 
 def _masked(cut: Cut, values: Tensor, mask: Tensor) -> Tensor:
@@ -121,7 +126,7 @@ def _masked(cut: Cut, values: Tensor, mask: Tensor) -> Tensor:
     blocks = values.unflatten(0, (len(mask), -1))
     shape = (len(mask), 1, values.shape[1], *[1] * (values.dim() - 2))
     own = mask.view(shape) if cut.unit == "channel" else mask.view(len(mask), 1, *values.shape[1:])
-    return (blocks * own).flatten(0, 1)
+    return torch.where(own > 0, blocks, 0.0).flatten(0, 1)  # NaN and infinities too
 
 
 def _units(failing: Failing, inputs: Tensor) -> list[int]:

@@ -26,7 +26,12 @@ from ftnas.space.space import Space
 
 
 class EvolutionConfig(ControllerConfig):
-    """Settings of regularised evolution; the defaults are P and S of Real et al. (2019), section 3."""
+    """Settings of regularised evolution; the defaults are P and S of Real et al. (2019), section 3.
+
+    Attributes:
+        population_size: P, genotypes alive; that many are drawn at random first.
+        sample_size: S, of whom the best is mutated; at most P.
+    """
 
     name: Literal["evolution"] = "evolution"
     population_size: Count = 100

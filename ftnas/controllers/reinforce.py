@@ -33,8 +33,15 @@ SOURCE, PRIMITIVE, FUNCTION = "source", "primitive", "function"
 class ReinforceConfig(ControllerConfig):
     """Settings of the RNN controller; the defaults are the paper's (section 5.1) and its released code's.
 
-    ``softmax_temperature`` divides the logits; ``tanh_constant`` c, if given, then bounds them to c *
-    tanh(logit). ``grad_clip`` bounds the gradient's L2 norm over all parameters; None leaves it.
+    Attributes:
+        hidden_units: Of the LSTM.
+        init_range: Weights begin uniform between -init_range and init_range.
+        softmax_temperature: Divides the logits.
+        tanh_constant: c, if given, then bounds them to c * tanh(logit).
+        lr: Of Adam.
+        baseline_momentum: Share of the moving average of rewards that stays at each update.
+        entropy_coefficient: Weight of the entropy of the decisions in what is maximised.
+        grad_clip: Bound of the gradient's L2 norm over all parameters; None leaves it.
     """
 
     name: Literal["reinforce"] = "reinforce"

@@ -21,6 +21,7 @@ Features may be bounded by a saturating function instead of being clipped; all h
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, cast
@@ -28,9 +29,11 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from pydantic import field_validator, model_validator
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ftnas.faults.saturation import FUNCTIONS, Saturation, power_of_two, standard_deviation
 from ftnas.faults.select import find_layers, select_layers
+from ftnas.faults.trace import undisturbed
 from ftnas.quantize import SMALLEST_RANGE
 from ftnas.saturated import after_memory
 from ftnas.settings import Positive, Settings
@@ -227,6 +230,8 @@ def saturated(values: Tensor, limit: Tensor, rule: Rule) -> Tensor:
         values = torch.nan_to_num(values, nan=0.0, posinf=math.inf, neginf=-math.inf)
     if rule.function == "clip":
         return clipped(values, limit)
+    if values.dtype == torch.float16:  # the root of its largest number is only 256
+        return saturated(values.float(), limit, rule).to(values.dtype)
     scale = limit.to(values.dtype) * (2.0 / math.pi if rule.function == "arctan" else 1.0)
     # infinities are replaced before f, or softsign and the gradient of a learned limit would be NaN
     largest = torch.finfo(values.dtype).max ** 0.5
@@ -303,27 +308,33 @@ def _values(settings: WeightBound | FeatureBound, layers: dict[str, nn.Module]) 
     return {name: power_of_two(multiple * standard_deviation(_stored(layers[name]))) for name in names}
 
 
-@torch.no_grad()
 def _stored(module: nn.Module) -> Tensor:
     """Return the weight as the memory gets it: after the model's own parametrizations, before ours."""
     later = after_memory(module)
-    if later is None:
+    if not parametrize.is_parametrized(module, "weight"):
         return module.weight  # type: ignore[return-value]
     chain: Any = module.parametrizations.weight  # type: ignore[union-attr]
-    before = list(chain)[: list(chain).index(later)]
+    entries = list(chain)
+    before = entries if later is None else entries[: entries.index(later)]
     if not before:
         return cast(Tensor, chain.original)
-    originals = [chain.original] if chain.is_tensor else [getattr(chain, f"original{i}") for i in range(chain.ntensors)]
-    weight = before[0](*originals)
-    for parametrization in before[1:]:
-        weight = parametrization(weight)
+    names = ["original"] if chain.is_tensor else [f"original{number}" for number in range(chain.ntensors)]
+    with undisturbed(module), torch.no_grad():
+        chain.eval()  # spectral_norm goes a step on in training
+        weight = before[0](*(getattr(chain, name) for name in names))
+        for parametrization in before[1:]:
+            weight = parametrization(weight)
     return cast(Tensor, weight)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(itertools.chain(module.parameters(), module.buffers())).device
 
 
 def _set(module: nn.Module, kind: str, value: float, name: str, *, learned: bool) -> None:
     if hasattr(module, kind):
         raise ValueError(f"layer {name!r} has a {kind} already; build the model anew to give it another one")
-    tensor = torch.tensor(max(value, SMALLEST_RANGE), dtype=torch.float32, device=_stored(module).device)
+    tensor = torch.tensor(max(value, SMALLEST_RANGE), dtype=torch.float32, device=_device(module))
     if learned:
         module.register_parameter(kind, nn.Parameter(tensor))
     else:
@@ -333,5 +344,5 @@ def _set(module: nn.Module, kind: str, value: float, name: str, *, learned: bool
 def _set_rule(module: nn.Module, rule: Rule) -> None:
     if rule != CLIP:
         module._feature_rule = rule  # type: ignore[assignment]
-        text = torch.tensor(list(str(rule).encode()), dtype=torch.uint8, device=_stored(module).device)
+        text = torch.tensor(list(str(rule).encode()), dtype=torch.uint8, device=_device(module))
         module.register_buffer(RULE, text)

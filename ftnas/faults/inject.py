@@ -11,7 +11,7 @@ from ftnas.faults.base import Fault
 from ftnas.faults.drawing import Drawing, Drawings, DrawOn
 from ftnas.faults.injection import Injection
 from ftnas.faults.outage import NodeDown, Outages
-from ftnas.faults.place import Protect, check, check_bounds, place, weight_format
+from ftnas.faults.place import Protect, check, check_bounds, check_words, place, weight_format
 from ftnas.faults.plans import PlanSet
 from ftnas.faults.select import Layers, find_layers
 from ftnas.quantize import FixedPoint, Quantization
@@ -76,6 +76,11 @@ def inject(
     if plans is not None:
         plans.check_layers(candidates)
     placed = place(faults, candidates, layers, protect)
+    formats = (
+        weight_format(None if quantization is None else quantization.weights, faults),
+        None if quantization is None else quantization.features,
+    )
+    check_words(candidates, *formats)
 
     def drawing(target: str, stage: str, hard: bool) -> Drawing:
         chosen = [p for p in placed if (p.fault.target, p.fault.stage) == (target, stage)]
@@ -85,10 +90,7 @@ def inject(
     return Injection(
         model,
         faults,
-        formats=(
-            weight_format(None if quantization is None else quantization.weights, faults),
-            None if quantization is None else quantization.features,
-        ),
+        formats=formats,
         drawings=Drawings(
             weights=drawing("weight", "point", errors != "soft"),
             features=drawing("feature", "point", errors == "hard"),

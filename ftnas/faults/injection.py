@@ -214,7 +214,7 @@ class Injection:
         if self.finding:
             return
         self._stop()  # a forward that was interrupted from the keyboard has not ended
-        check_not_cached()
+        check_not_cached(self._layers.values())
         if module.training not in self._points and self._sees_features:
             self.finding = True
             try:

@@ -41,14 +41,6 @@ def check(
         raise ValueError("the model has lazy layers whose weights are not made yet; run it once before inject")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device and has no values to fault; load it on cpu or cuda first")
-    bits = 0 if quantization is None else max(quantization.weights.bits, quantization.features.bits)
-    for dtype in {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}:
-        most = 2 - round(math.log2(torch.finfo(dtype).eps))  # a word of one bit more than a number has digits
-        if bits > most:
-            raise ValueError(
-                f"a model of {dtype} holds words of up to {most} bits exactly, and quantization has {bits}; use fewer "
-                "bits, or model.float()"
-            )
     for fault in faults:
         if not isinstance(fault, Fault):
             raise ValueError(f"inject takes fault models such as MiBB(mac_error_rate=1e-4), got {fault!r}")
@@ -130,6 +122,25 @@ def weight_format(given: FixedPoint | None, faults: Sequence[Fault]) -> FixedPoi
         names = ", ".join(sorted({fault.name for fault in owners}))
         raise ValueError(f"these faults need weights in different formats: {names}; inject them one at a time")
     return next(iter(formats), given)
+
+
+def check_words(
+    layers: Mapping[str, nn.Module], weights: FixedPoint | FloatFormat | None, features: FixedPoint | None
+) -> None:
+    """Refuse words of fixed point that the numbers of a layer do not hold exactly.
+
+    Raises:
+        ValueError: One line: the layer, its number format, and how many bits it holds.
+    """
+    bits = max((form.bits for form in (weights, features) if isinstance(form, FixedPoint)), default=0)
+    for name, layer in layers.items():
+        dtype = next((tensor.dtype for tensor in layer.parameters() if tensor.is_floating_point()), torch.float64)
+        most = 2 - round(math.log2(torch.finfo(dtype).eps))  # a word of one bit more than a number has digits
+        if bits > most:
+            raise ValueError(
+                f"layer {name!r} of {dtype} holds words of up to {most} bits exactly, and quantization has {bits}; use "
+                "fewer bits, or model.float()"
+            )
 
 
 def weight_site(layer: str, module: nn.Module, weight: Tensor, form: FixedPoint | FloatFormat | None) -> Site:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -112,9 +112,9 @@ class StoredWeight(nn.Module):
         return shared.clean[self._layer]
 
 
-def check_not_cached() -> None:
-    """Raise a RuntimeError where torch would keep weights from one forward to the next, and hand out old ones."""
-    if parametrize._cache_enabled:
+def check_not_cached(layers: Iterable[nn.Module]) -> None:
+    """Raise a RuntimeError where torch would keep weights that we read from one forward to the next."""
+    if parametrize._cache_enabled and any(map(is_stored, layers)):
         raise RuntimeError(
             "the model runs within torch.nn.utils.parametrize.cached(), where weights are read once for all forwards, "
             "so that faults of later ones would not be met; call it outside of that"
@@ -143,8 +143,8 @@ def store_weight(module: nn.Module, reader: Reader, layer: str) -> Callable[[], 
     order, buffers = list(module._parameters), list(module._buffers)
     fleeting = "weight" in module._non_persistent_buffers_set
     alone = not parametrize.is_parametrized(module, "weight")
+    kind = type(module)
     if alone and parametrize.is_parametrized(module):  # by another tensor: copies of the module share its class
-        kind = type(module)
         module.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
     stored = StoredWeight(reader, layer)
     parametrize.register_parametrization(module, "weight", stored, unsafe=True)
@@ -169,6 +169,8 @@ def store_weight(module: nn.Module, reader: Reader, layer: str) -> Callable[[], 
             module._parameters[key] = module._parameters.pop(key)
         for key in buffers:
             module._buffers[key] = module._buffers.pop(key)
+        if parametrize.is_parametrized(module):
+            module.__class__ = kind
         if fleeting:
             module._non_persistent_buffers_set.add("weight")
 

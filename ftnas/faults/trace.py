@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ftnas.faults.select import LAYER_TYPES, find_layers
+from ftnas.hooks import version
 from ftnas.settings import did_you_mean
 
 Call = tuple[str, int]
@@ -35,6 +37,9 @@ _ACTIVATIONS = frozenset(
     "hardswish softplus softsign softshrink hardshrink tanhshrink threshold".split()
 )
 ACTIVATION = "an activation function"
+_CASTS = frozenset(("to", "type", "float", "half", "bfloat16", "contiguous"))
+_MOST_PARTS = 100_000
+"""Of what a model returns: so many objects are looked into."""
 
 
 def _read(name: str, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
@@ -89,7 +94,8 @@ class _Watch(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         read = _read(name, args, kwargs)
         watched = [out for leaf in read if (out := self.outputs.get(id(leaf))) is not None]
-        self.more = self.more or self.normalised is not None and any(leaf is self.normalised for leaf in read)
+        if name not in _CASTS and self.normalised is not None:
+            self.more = self.more or any(leaf is self.normalised for leaf in read)
         result = func(*args, **kwargs)
         is_norm = self.batch_norm is not None and name == "batch_norm"
         if is_norm:
@@ -106,12 +112,14 @@ class _Watch(TorchFunctionMode):
         """Return a hook of the user's own that, where it changes nothing, reads without being seen."""
 
         def observed(*args: Any, **kwargs: Any) -> Any:
-            before, more = [(output, len(output.consumers)) for output in self.made.values()], self.more
+            more, watched = self.more, list(self.outputs)
+            before = [(out, len(out.consumers), version(out.tensor)) for out in self.made.values()]
             result = hook(*args, **kwargs)
-            if result is None:
+            if result is None and list(self.outputs) == watched:
                 self.more = more
-                for output, number in before:
-                    del output.consumers[number:]
+                for out, number, unchanged in before:
+                    if version(out.tensor) == unchanged:
+                        del out.consumers[number:]
             return result
 
         return observed
@@ -326,16 +334,20 @@ def _hooks(model: nn.Module) -> list[dict[int, Callable[..., Any]]]:
     return found
 
 
-def _leaves(result: Any) -> Iterator[Any]:
-    """Yield what a model returns, also from within objects that torch does not know as containers."""
+def _leaves(result: Any) -> Iterator[Tensor]:
+    """Yield the tensors that a model returns, also from within objects that torch does not know as containers."""
     seen: set[int] = set()
     waiting = [result]
-    while waiting:
-        for leaf in tree_leaves(waiting.pop()):
-            yield leaf
-            if id(leaf) not in seen and not isinstance(leaf, (Tensor, nn.Module, type)) and hasattr(leaf, "__dict__"):
-                seen.add(id(leaf))
-                waiting.append(list(vars(leaf).values()))
+    while waiting and len(seen) < _MOST_PARTS:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            yield item
+        elif id(item) not in seen and not isinstance(item, (nn.Module, ModuleType, str)) and not callable(item):
+            seen.add(id(item))
+            if isinstance(item, Mapping):
+                waiting.extend(item.values())
+            else:
+                waiting.extend(item if isinstance(item, (list, tuple)) else getattr(item, "__dict__", {}).values())
 
 
 def _only(output: _Output) -> Call | str | None:
@@ -347,17 +359,14 @@ def _only(output: _Output) -> Call | str | None:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put back after the body, bit for bit, what a forward may move.
 
-    That are buffers, parameters that need no gradient (of a teacher that follows), plain attributes of the modules, and
-    the global random states of torch, NumPy and Python.
+    That are parameters, buffers and attributes of the modules, what modules and hooks there are, and the global random
+    states of torch, NumPy and Python. Where a model makes something in its first forward, the next one is the first.
     """
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    frozen = [(parameter, parameter.clone()) for parameter in model.parameters() if not parameter.requires_grad]
-    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+    buffers = [(buffer, -1) for buffer in model.buffers()]  # BatchNorm moves its own without counting
+    counted = [*buffers, *((parameter, version(parameter)) for parameter in model.parameters())]
+    tensors = [(tensor, before, tensor.detach().clone()) for tensor, before in counted]
+    attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    attributes += [(table, dict(table)) for _, own in attributes for table in own.values() if isinstance(table, dict)]
     python, arrays = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
@@ -366,12 +375,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(arrays)
-        for module, saved in attributes:
-            module.__dict__.clear()
-            module.__dict__.update(saved)
+        for table, saved in attributes:
+            if [(key, id(value)) for key, value in table.items()] != [(key, id(value)) for key, value in saved.items()]:
+                table.clear()
+                table.update(saved)
         with torch.no_grad():
-            for module, name, buffer, values in buffers:
-                module._buffers[name] = buffer.copy_(values)  # also where the forward put another tensor there
-            for parameter, values in frozen:
-                if not torch.equal(parameter, values):
-                    parameter.copy_(values)
+            for tensor, before, values in tensors:
+                if before < 0 or version(tensor) != before:
+                    tensor.copy_(values)

@@ -150,7 +150,15 @@ class NodesConfig(Settings):
     """A study of split networks.
 
     Attributes:
+        name: Of the study, and of its folder under ``runs/``.
+        seed: Of the first training.
+        data: Images or sensor readings.
+        augment: Crop, flip and cutout of images.
+        model: The network whose blocks are split.
         partition: Nodes and skips.
+        matching: How a skip fits another shape: ``projection`` or ``zero_padding``.
+        epochs: Of each training.
+        batch_size: Samples per step.
         settings: Failure settings: name -> node -> probability of failure; every node is named.
         variants: Name -> how to train and run.
         seeds: Trainings of each variant, with seeds ``seed`` to ``seed + seeds - 1``.

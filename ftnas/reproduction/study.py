@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,7 +317,9 @@ def _sampled(row: Row, scale: str, cache: Path) -> list[str]:
     space = load_space(small or row.sample.space)
     path = cache / "genotypes" / f"{space.name}-{row.sample.seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    Genotype.random(space, generator=stream).save(path)
+    own = path.with_name(f"{path.stem}.{os.getpid()}.json")  # several processes may plan at once
+    Genotype.random(space, generator=stream).save(own)
+    os.replace(own, path)
     return [f"train.models.{row.model}.genotype={path.resolve()}"]
 
 

@@ -194,10 +194,10 @@ def _name_lines(axes: Axes, curves: Sequence[Curve]) -> None:
             [1.067], [placed], transform=axes.transAxes, clip_on=False, markersize=6, linestyle="",
             color=style["color"], marker=style["marker"],
         )  # fmt: skip
-        name = drawable(curve.name)
+        name = curve.name if len(curve.name) <= 26 else f"{curve.name[:13]}…{curve.name[-12:]}"
         axes.text(
-            1.09, placed, name if len(name) <= 26 else f"{name[:13]}…{name[-12:]}", transform=axes.transAxes, va="center",
-            fontsize=size, color=INK, parse_math=False,
+            1.09, placed, drawable(name), transform=axes.transAxes, va="center", fontsize=size, color=INK,
+            parse_math=False,
         )  # fmt: skip
 
 

@@ -57,6 +57,7 @@ class Pipeline:
                 local = config.pool.address is None
                 check_ranks(search, which=which, device=self.device, threads=config.threads or 1, local=local)
         self._train_images: ImageSet | None = None
+        self._tried: set[str] = set()
         run.events("started", device=str(self.device), threads=torch.get_num_threads(), torch=torch.__version__)
 
     @property
@@ -120,9 +121,12 @@ class Pipeline:
         for name, model in stage.models.items() if stage is not None and campaign is not None else ():
             if model.genotype in SEARCHES and not self.run.stage(model.genotype).file(WINNER).exists():
                 continue
-            if any(path is not None and self._makes(path) for path in (model.start, model.genotype)):
+            if name in self._tried or any(
+                path is not None and self._makes(path) for path in (model.start, model.genotype)
+            ):
                 continue
             assert stage is not None and campaign is not None
+            self._tried.add(name)
             training = self._training(name, stage.seeds[0])
             network = build_spec(training.spec, seed=0, allow_factory=True, start=model.start).to(self.device).eval()
             blank = torch.zeros(1, *self.train_images.shape, device=self.device)

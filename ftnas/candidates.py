@@ -124,6 +124,7 @@ class Scorer:
             self._open = contextlib.ExitStack()
             injection = self._hardware.inject(self._supernet, seed=weights.seed, errors="soft", draw_on="device")
             self._injection = self._open.enter_context(injection)
+            self._open.enter_context(injection.weights_shared())
         if number != self._number:
             self._batches = [(_tensor(x), _tensor(y)) for x, y in images.get()]
             self._number = number

@@ -9,11 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ftnas import quantize
-from ftnas.quantize import FixedPoint, FloatFormat
+from ftnas import rounding
+from ftnas.quantize import BF16_BITS, FixedPoint, FloatFormat
 from ftnas.settings import Settings
-
-_BF16_BITS = 8
 
 
 class Compute(Settings):
@@ -45,8 +43,8 @@ class Compute(Settings):
     @contextmanager
     def forward(self, device: torch.device) -> Iterator[None]:
         """Run a forward on a device in the body."""
-        rounding = quantize.fused() if self.fused_rounding else nullcontext()
-        with rounding, torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.autocast is not None):
+        kernels = rounding.fused() if self.fused_rounding else nullcontext()
+        with kernels, torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.autocast is not None):
             yield
 
     def check(self, formats: Sequence[FixedPoint | FloatFormat], name: str) -> None:
@@ -58,9 +56,9 @@ class Compute(Settings):
         if self.autocast is None:
             return
         bits = max((f.bits for f in formats if not (isinstance(f, FloatFormat) and f.dtype == "bf16")), default=0)
-        if bits > _BF16_BITS:
+        if bits > BF16_BITS:
             raise ValueError(
-                f"{name}.autocast=bf16 holds words of up to {_BF16_BITS} bits exactly, and here are words of "
+                f"{name}.autocast=bf16 holds words of up to {BF16_BITS} bits exactly, and here are words of "
                 f"{bits}; set autocast to null or use fewer bits"
             )
 

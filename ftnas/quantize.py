@@ -8,23 +8,21 @@ becomes ``clamp(round_half_even(x / LSB), lo, hi) * LSB``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from ftnas import devices
+from ftnas import devices, rounding
+from ftnas.rounding import SMALLEST_RANGE, Limits
 from ftnas.settings import Settings
 
-SMALLEST_RANGE = 1e-5
 _LARGEST = 2.0**127
 """Values from here on have a range that float32 cannot hold."""
+BF16_BITS = 8
+"""Words that bfloat16 holds exactly."""
 
 
 class Bounded(Settings):
@@ -106,7 +104,15 @@ class FixedPoint(Settings):
         """
         return self.grid_of(self._lsb(x))
 
-    def round(self, x: Tensor, *, need_inside: bool, in_place: bool = False, limit: Tensor | None = None) -> Rounded:
+    def round(
+        self,
+        x: Tensor,
+        *,
+        need_inside: bool,
+        in_place: bool = False,
+        limit: Tensor | None = None,
+        narrow: bool = False,
+    ) -> Rounded:
         """Round a float tensor of any shape to its own grid, in as few passes over it as there can be.
 
         On a CPU the extremes of the tensor tell whether any value is clamped at all. Where none is, which with a free
@@ -117,42 +123,44 @@ class FixedPoint(Settings):
             need_inside: Whether the mask of unclamped values is asked for.
             in_place: Write to ``x`` itself where its dtype is float32 or float64.
             limit: A scalar tensor whose grid is taken in place of the tensor's own: a bound of its values.
+            narrow: Values may come as bfloat16 where ``x`` is that and holds every word.
         """
         x = x.detach() if x.requires_grad else x
+        if limit is None and rounding.is_fused(x):
+            given = None if self.range is None else self._lsb(x)
+            narrow = narrow and self.bits <= BF16_BITS
+            values, inside, step = rounding.by_kernels(x, given, self._limits, need_inside=need_inside, narrow=narrow)
+            return Rounded(values, inside, self.grid_of(step))
         values = x if x.dtype in (torch.float32, torch.float64) else x.float()
         if limit is not None:
             grid = self.grid(limit)
-            return Rounded(*round_to_grid(values, grid, need_inside=need_inside), grid)
-        if _fused.get() and values.dtype == torch.float32 and values.numel() > 1:
-            return self._fused_round(values, need_inside=need_inside)
+            return self._in_passes(values, grid, need_inside)
         out = values if in_place or values is not x else None
         limits = _extremes(x)
         if limits is None:
             grid = self.grid(x)
-            return Rounded(*round_to_grid(values, grid, need_inside=need_inside, out=out), grid)
+            if self.range is None and values.dtype == torch.float32:
+                return Rounded(*rounding.at_once(values, grid.lsb, self._limits), grid)
+            return self._in_passes(values, grid, need_inside, out)
         low, high = limits
         lsb = self._given_lsb() or _lsb_for(max(-low, high), self.bits)
         grid = self.grid_of(torch.scalar_tensor(lsb, dtype=torch.float32, device=x.device))
         if grid.lo <= round(low / lsb) and round(high / lsb) <= grid.hi:
-            return Rounded(_to_multiples(values, lsb, self.bits, out=out), None, grid)
-        return Rounded(*round_to_grid(values, grid, need_inside=need_inside, out=out), grid)
+            return Rounded(rounding.to_multiples(values, lsb, self.bits, out=out), None, grid)
+        return self._in_passes(values, grid, need_inside, out)
 
-    def _fused_round(self, x: Tensor, *, need_inside: bool) -> Rounded:
-        """Round a float32 tensor in as few kernels as torch.compile makes of it; values as without, bit for bit."""
-        if not torch.ops.aten.is_non_overlapping_and_dense(x):
-            x = x.contiguous()
-        # one shape for all kernels, whatever the memory format
-        flat = _same_memory(x, (x.numel(),), (1,))
-        given = None if self.range is None else self._lsb(x)
-        limits = _limits(self.bits, self.encoding, x.device)
-        values, inside, lsb = _compiled()(flat, given, limits, need_inside)
-        shaped = None if inside is None else _same_memory(inside, x.size(), x.stride())
-        return Rounded(_same_memory(values, x.size(), x.stride()), shaped, self.grid_of(lsb))
+    def _in_passes(self, x: Tensor, grid: Grid, need_inside: bool, out: Tensor | None = None) -> Rounded:
+        return Rounded(*rounding.in_passes(x, grid.lsb, self._limits, need_inside=need_inside, out=out), grid)
 
     def grid_of(self, lsb: Tensor) -> Grid:
         """Return the grid of a step, as `Grid` has it."""
+        bits, lo, hi = self._limits
+        return Grid(lsb=lsb, bits=bits, lo=lo, hi=hi)
+
+    @property
+    def _limits(self) -> Limits:
         hi = 2 ** (self.bits - 1) - 1
-        return Grid(lsb=lsb, bits=self.bits, lo=-hi - 1 if self.encoding == "twos_complement" else -hi, hi=hi)
+        return Limits(self.bits, -hi - 1 if self.encoding == "twos_complement" else -hi, hi)
 
     def _given_lsb(self) -> float | None:
         if isinstance(self.range, Frozen):
@@ -169,7 +177,7 @@ class FixedPoint(Settings):
 
     def step(self, largest: Tensor) -> Tensor:
         """Return the step of a free range for magnitudes, float32 or float64 of any shape; float32."""
-        return _step(largest, _below(largest.dtype) * 2.0 ** (1 - self.bits)).float()
+        return rounding.power_step(largest, rounding.below_one(largest.dtype) * 2.0 ** (1 - self.bits)).float()
 
     def fraction_length(self, x: Tensor) -> int:
         """Return l with LSB = 2^-l for a tensor of any shape (reads the value back from the device)."""
@@ -234,107 +242,6 @@ class Quantization(Settings):
         if value is None or isinstance(value, Quantization):
             return value
         raise ValueError(f"quantization must be a FixedPoint(bits=8), a Quantization or None, got {value!r}")
-
-
-def round_to_grid(
-    x: Tensor, grid: Grid, *, need_inside: bool, out: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Return a float32 (or float64) tensor on the grid, and the mask of unclamped values if needed.
-
-    Args:
-        x: float32 or float64, any shape.
-        grid: What to round to.
-        need_inside: Whether the mask is asked for.
-        out: Where to write, ``x`` itself or a fresh tensor; None makes one.
-    """
-    integers = torch.div(x, grid.lsb, out=out).round_()
-    if not need_inside:
-        return integers.clamp_(grid.lo, grid.hi).mul_(grid.lsb), None
-    clamped = integers.clamp(grid.lo, grid.hi)
-    inside = clamped == integers
-    return torch.mul(clamped, grid.lsb, out=integers), inside
-
-
-def _to_multiples(x: Tensor, lsb: float, bits: int, *, out: Tensor | None) -> Tensor:
-    """Round values that no word of ``bits`` clamps to multiples of ``lsb``, a power of two, half to even.
-
-    Between 2^23 lsb and 2^24 lsb neighbouring float32 numbers are lsb apart: adding 1.5 * 2^23 lsb rounds to the
-    multiple, and taking it away again is exact. Two passes for three; the zero that it gives is never negative.
-    """
-    if x.dtype != torch.float32 or bits > 22 or not 2.0**-100 < lsb < 2.0**100:
-        return torch.mul(x, 1.0 / lsb, out=out).round_().mul_(lsb)
-    shift = 1.5 * 2.0**23 * lsb
-    return torch.add(x, shift, out=out).sub_(shift)
-
-
-@contextmanager
-def fused() -> Iterator[None]:
-    """Round float32 tensors in the body by kernels that torch.compile fuses; the values are the same, bit for bit.
-
-    For GPUs, where rounding is many small kernels otherwise. The first use compiles for some seconds.
-    """
-    before = _fused.set(True)
-    try:
-        yield
-    finally:
-        _fused.reset(before)
-
-
-_fused: ContextVar[bool] = ContextVar("fused", default=False)
-
-
-def _same_memory(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """Return a tensor of another shape over the memory of x that is no view.
-
-    Views are compiled by what they view, and autograd lets nothing change one in place that a function of ours gave.
-    """
-    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), tuple(size), tuple(stride))
-
-
-@cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(_round_flat, dynamic=True)
-
-
-@cache
-def _limits(bits: int, encoding: str, device: torch.device) -> Tensor:
-    """Return smallest and largest integer, and what `_step` takes.
-
-    As numbers each would be compiled anew, and torch 2.11 compiles no numbers where function modes are off.
-    """
-    grid = FixedPoint(bits=bits, encoding=encoding).grid_of(torch.empty(()))
-    below = _below(torch.float32) * 2.0 ** (1 - bits)
-    return torch.tensor([grid.lo, grid.hi, below, SMALLEST_RANGE], device=device)
-
-
-def _round_flat(
-    x: Tensor, given: Tensor | None, limits: Tensor, need_inside: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return values, mask of unclamped ones if needed, and step of a float32 tensor [N], N > 1."""
-    lsb = _step(x.abs().amax(), limits[2], limits[3]) if given is None else given
-    integers = torch.round(x * lsb.reciprocal())
-    clamped = torch.minimum(torch.maximum(integers, limits[0]), limits[1])
-    return clamped * lsb, clamped == integers if need_inside else None, lsb
-
-
-def _step(largest: Tensor, below: Tensor | float, smallest: Tensor | float = SMALLEST_RANGE) -> Tensor:
-    """Return the smallest power of two that is not below a magnitude, scaled, without waiting for the device.
-
-    Args:
-        largest: The magnitude, a float32 or float64 scalar; NaN or an infinity gives NaN.
-        below: 2^(1 - bits), by which it is scaled, times `_below`.
-        smallest: What is taken for a magnitude below it.
-    """
-    # m times (1 - half an epsilon) is the number next below m, of which 2^(e-1) <= x < 2^e finds the power for powers
-    # of two as well; a rounded log2 would be off by one there. mantissa * 2^e is exact, and so is the quotient 2^e.
-    scaled = largest.clamp_min(smallest) * below
-    mantissa, _ = torch.frexp(scaled)
-    return scaled / mantissa
-
-
-def _below(dtype: torch.dtype) -> float:
-    """Return the largest number below 1."""
-    return 1.0 - torch.finfo(dtype).eps / 2
 
 
 def _lsb_for(largest: float, bits: int) -> float:

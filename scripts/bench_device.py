@@ -135,6 +135,7 @@ class Bench:
         scored.eval()
         injection = config.hardware.inject(scored, seed=0, errors="soft", draw_on="device")
         self._stack.enter_context(injection)
+        self._stack.enter_context(injection.weights_shared())
         batch = stage.controller_batch or stage.weights.batch_size
         images, labels = self._batch(batch)
 

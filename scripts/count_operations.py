@@ -55,6 +55,13 @@ _FREE = {
 }
 
 
+_META = torch.library.Library("aten", "IMPL", "Meta")
+_META.impl(  # PyTorch has none of its own
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)),
+)
+
+
 class _Stream(torch.Generator):
     """A generator that says it is of a device without values; what is drawn from it has none."""
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from injected import gen
 
-from ftnas import quantize
+from ftnas import rounding
 from ftnas.compute import Compute
 from ftnas.faults import AdSAF, MiBB, WeightBitFlip
 from ftnas.faults.hardware import Hardware
@@ -107,13 +107,13 @@ def test_bf16_computes_fixed_point_and_faults_in_float32(fault, monkeypatch):
 def test_fused_rounding_gives_the_same_step_bit_for_bit(fault, monkeypatch):
     losses, gradient = gradients(Steps(fault))
     calls = []
-    monkeypatch.setattr(quantize, "_compiled", lambda: lambda *args: calls.append(1) or quantize._round_flat(*args))
+    monkeypatch.setattr(rounding, "_compiled", lambda: lambda *args: calls.append(1) or rounding._round_flat(*args))
     other_losses, other = gradients(Steps(fault, Compute(fused_rounding=True)))
     assert calls and torch.equal(losses, other_losses) and torch.equal(gradient, other)
 
 
 def test_fused_rounding_lets_what_follows_work_in_place(monkeypatch):
-    monkeypatch.setattr(quantize, "_compiled", lambda: quantize._round_flat)
+    monkeypatch.setattr(rounding, "_compiled", lambda: rounding._round_flat)
     results = []
     for compute in (Compute(), Compute(fused_rounding=True)):
         with isolated(0, "net"):

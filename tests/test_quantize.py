@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ftnas import quantize
+from ftnas import rounding
 from ftnas.quantize import Bounded, FixedPoint, Frozen, Quantization
 
 ENCODINGS = ["twos_complement", "sign_magnitude"]
@@ -289,7 +289,7 @@ def test_fused_rounding_gives_the_same_values_for_every_layout():
         for name, x in LAYOUTS.items():
             for need in (True, False):
                 expected = form.round(x, need_inside=need)
-                with quantize.fused():
+                with rounding.fused():
                     found = form.round(x, need_inside=need)
                 assert torch.equal(found.values.nan_to_num(7.0), expected.values.nan_to_num(7.0)), (form, name)
                 assert torch.equal(found.grid.lsb.nan_to_num(7.0), expected.grid.lsb.nan_to_num(7.0)), (form, name)
@@ -297,7 +297,38 @@ def test_fused_rounding_gives_the_same_values_for_every_layout():
                 if need:
                     inside = True if expected.inside is None else expected.inside
                     assert found.inside is None or bool((found.inside == inside).all()), (form, name)
-    assert not quantize._fused.get()
+    assert not rounding._fused.get()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("bits", [8, 9])
+def test_fused_rounding_of_bfloat16_leaves_it_as_such_where_it_holds_every_word(bits):
+    form, x = FixedPoint(bits=bits), LAYOUTS["channels last"].to(torch.bfloat16)
+    expected = form.round(x, need_inside=True)
+    assert expected.values.dtype == torch.float32
+    for narrow in (True, False):
+        with rounding.fused():
+            found = form.round(x, need_inside=True, narrow=narrow)
+        assert found.values.dtype == (torch.bfloat16 if narrow and bits == 8 else torch.float32)
+        assert torch.equal(found.values.float(), expected.values) and torch.equal(found.grid.lsb, expected.grid.lsb)
+        assert found.inside.all() == (expected.inside is None or expected.inside.all())
+
+
+def test_rounding_at_once_is_rounding_in_passes(monkeypatch):
+    for form in FORMS[:2]:
+        for name, x in LAYOUTS.items():
+            found = []
+            for _ in range(2):
+                found.append(form.round(x, need_inside=True))
+                monkeypatch.setattr("ftnas.quantize._extremes", lambda x: None)
+            (values, inside, grid), (others, inside_once, grid_once) = found
+            monkeypatch.undo()
+            assert torch.equal(values.nan_to_num(7.0), others.nan_to_num(7.0)) and others.stride() == values.stride(), (
+                name
+            )
+            if name != "nan":
+                assert torch.equal(torch.ones_like(x).bool() if inside is None else inside, inside_once), name
+            assert torch.equal(grid.lsb.nan_to_num(7.0), grid_once.lsb.nan_to_num(7.0)), name
 
 
 def test_all_formats_and_shapes_share_the_kernels_of_fused_rounding(monkeypatch):
@@ -307,9 +338,10 @@ def test_all_formats_and_shapes_share_the_kernels_of_fused_rounding(monkeypatch)
         compiled.append(graph)
         return graph.forward
 
-    kernels = torch.compile(quantize._round_flat, dynamic=True, backend=backend)
-    monkeypatch.setattr(quantize, "_compiled", lambda: kernels)
-    with quantize.fused():
+    torch._dynamo.reset()  # what other tests have compiled counts towards a limit
+    kernels = torch.compile(rounding._round_flat, dynamic=True, backend=backend)
+    monkeypatch.setattr(rounding, "_compiled", lambda: kernels)
+    with rounding.fused():
         for form in FORMS:
             for x in LAYOUTS.values():
                 for need in (True, False):

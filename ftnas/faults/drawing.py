@@ -125,14 +125,16 @@ class Drawing:
         alike = entry.fault.in_rows and entry.fault.where is None and not any(entry.never.values())
         return alike and len(self.placed) == 1 and self._on_device and not self.hard and self.given is None
 
-    def row(
-        self, site: Site, draw: int, device: torch.device, split: Callable[[Plan], Mapping[str, Plan]]
-    ) -> tuple[Placed, Plan]:
-        """Draw one plan for weights laid end to end; ``split`` gives the plan of each layer, where it is asked for."""
+    def row(self, site: Site, draw: int, device: torch.device) -> tuple[Placed, Plan]:
+        """Draw one plan for weights laid end to end."""
         (placed,) = self.placed
-        plan = placed.fault.sample(site, generator=self._stream(placed, (placed.number, site.layer, 0), draw, device))
-        self._row = draw, lambda: {(placed.number, layer, 0): own for layer, own in split(plan).items()}
-        return placed, plan
+        stream = self._stream(placed, (placed.number, site.layer, 0), draw, device)
+        return placed, placed.fault.sample(site, generator=stream)
+
+    def keep_row(self, draw: int, split: Callable[[], Mapping[str, Plan]]) -> None:
+        """Take note of the plans in force, which ``split`` gives by layer where they are asked for."""
+        (placed,) = self.placed
+        self._row = draw, lambda: {(placed.number, layer, 0): own for layer, own in split().items()}
 
     def streams(self) -> list[torch.Generator]:
         """Return the generators that plans were drawn from so far."""

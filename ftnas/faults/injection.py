@@ -132,10 +132,9 @@ class Injection:
 
     @contextmanager
     def weights_shared(self) -> Iterator[None]:
-        """Quantize each weight once for all forwards in the body; faults hit copies.
+        """Quantize each weight once for all forwards in the body, where weights must not change; faults hit copies.
 
-        For several forwards of one training step whose losses are added up before one backward pass; weights must not
-        change in the body.
+        For forwards of one training step whose losses are added up before one backward pass, and for candidates.
         """
         self.shared = SharedWeights()
         try:
@@ -357,7 +356,8 @@ class Injection:
             if isinstance(form, FixedPoint):
                 rounded = None if kept is None else kept.get(site.layer)
                 if rounded is None:
-                    rounded = form.round(values, need_inside=need_mask and not bounded, in_place=ours, limit=limit)
+                    need = need_mask and not bounded
+                    rounded = form.round(values, need_inside=need, in_place=ours, limit=limit, narrow=not active)
                     if kept is not None and not active:
                         kept[site.layer] = rounded
                     out = rounded.values

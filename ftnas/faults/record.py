@@ -106,27 +106,37 @@ class Tally:
         sums[layer] = (sites + plan.num_at_risk, expected + plan.num_at_risk * plan.rate, hits)
 
     def add_row(
-        self, fault: int, layers: Sequence[str], sizes: Sequence[int], plan: Plan, numbers: Tensor, known: Iterable[str]
+        self,
+        fault: int,
+        layers: Sequence[str],
+        sizes: Sequence[int],
+        plan: Plan,
+        numbers: Tensor,
+        places: Tensor,
+        known: Iterable[str],
     ) -> None:
-        """Count one plan of weights laid end to end; the counts stay on the device.
+        """Count one plan of weights laid end to end, at some layers; the counts stay on the device.
 
         Args:
             fault: Index of the fault model.
-            layers: In their order.
-            sizes: Values of each; N in all.
-            plan: Unit u is of value u % N.
+            layers: Where it is counted.
+            sizes: Values of each.
+            plan: For N values, unit u of value u % N.
             numbers: The layer of each value, int64 [N], as its place among those ``known``.
+            places: The places of ``layers``, int64.
             known: All layers that there may be, the same in every call.
         """
         sums, row = self._sums[fault], self._rows[fault]
         if row is None:
             names = list(known)
             row = self._rows[fault] = names, torch.zeros(len(names), dtype=torch.int64, device=numbers.device)
-        row[1].index_add_(0, numbers.index_select(0, plan.sites % plan.num_values), plan.valid.to(torch.int64))
+        of = numbers.index_select(0, plan.sites % plan.num_values)
+        hits = torch.zeros_like(row[1]).index_add_(0, of, plan.valid.to(torch.int64))
+        row[1].index_add_(0, places, hits.index_select(0, places))
         for layer, size in zip(layers, sizes, strict=True):
-            sites, expected, hits = sums.get(layer, (0, 0.0, 0))
+            sites, expected, hits_before = sums.get(layer, (0, 0.0, 0))
             at_risk = plan.population // plan.num_values * size
-            sums[layer] = (sites + at_risk, expected + at_risk * plan.rate, hits)
+            sums[layer] = (sites + at_risk, expected + at_risk * plan.rate, hits_before)
 
     def count(self, fault: int, what: str, number: Tensor) -> None:
         """Add a scalar tensor to a fault model's ``nonfinite``, ``nan`` and the like; it stays on the device."""

@@ -10,23 +10,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ftnas.faults.base import Plan
 from ftnas.quantize import Grid, Rounded
 from ftnas.saturated import after_memory, inner_name, plain_name
 
 
 @dataclass
 class SharedWeights:
-    """What the forwards of one training step share, by layer.
+    """What forwards on the same weights share, by layer.
 
     Attributes:
         clean: What is read without faults.
         rounded: The same as it was rounded, which a faulty copy starts from.
-        row: Layers whose weights were rounded together, and these end to end.
+        row: Layers whose weights were rounded together, and whether in inference mode; these weights end to end.
+        hit: The last draw of faults, the same weights after it, and its plan.
     """
 
     clean: dict[str, Tensor] = field(default_factory=dict)
     rounded: dict[str, Rounded] = field(default_factory=dict)
-    row: tuple[tuple[str, ...], Rounded] | None = None
+    row: tuple[tuple[tuple[str, ...], bool], Rounded] | None = None
+    hit: tuple[int, Tensor, Plan] | None = None
 
 
 class Ready(Protocol):

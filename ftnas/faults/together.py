@@ -1,14 +1,18 @@
-"""The weights of a whole training step at once: rounded, drawn for and hit by few operations, whatever the layers.
+"""The weights of a whole forward at once: rounded, drawn for and hit by few operations, whatever the layers.
 
 A GPU waits for Python where each of a hundred small weights is rounded and hit by thirty operations of its own. Here
-the weights that a forward will read are laid end to end, and each operation is asked for once. The values are those of
-the weights one by one, bit for bit; the faults have the same distribution, from one stream for all layers.
+they are laid end to end, and each operation is asked for once. The values are those of the weights one by one, bit for
+bit; the faults have the same distribution, from one stream for all layers. A training step takes the weights that it
+will read. Scoring takes all that the model has, once for all candidates: a draw then says for every layer what hits
+it, so that candidates that share a layer meet the same faults there.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -22,7 +26,7 @@ from ftnas.faults.memory import mark, storage
 from ftnas.faults.place import weight_site
 from ftnas.faults.record import Tally
 from ftnas.faults.stored import SharedWeights, StoredWeight
-from ftnas.quantize import FixedPoint, FloatFormat, Grid, Rounded
+from ftnas.quantize import FixedPoint, FloatFormat, Rounded
 
 TOGETHER = ""
 """In place of the name of a layer, in the stream of faults of all layers."""
@@ -51,16 +55,33 @@ class Row:
         parts = zip(values.split(self.sizes), self.weights, strict=True)
         return [part.as_strided(weight.shape, weight.stride()) for part, weight in parts]
 
+    def parts(self, values: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return such views for some of the layers."""
+        first = values.storage_offset()
+        found = {}
+        for name in names:
+            start, weight = self.places[name]
+            found[name] = values.as_strided(weight.shape, weight.stride(), first + start)
+        return found
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, Tensor]]:
+        """Where each layer's values begin, and its weight."""
+        starts = itertools.accumulate(self.sizes, initial=0)
+        return {name: (start, w) for name, start, w in zip(self.names, starts, self.weights, strict=False)}
+
     def spread(self, one_each: Tensor) -> Tensor:
         """Return [N] values, for each weight its own of those in [number of weights]."""
         return torch.cat([one.expand(size) for one, size in zip(one_each.unbind(), self.sizes, strict=True)])
 
-    def split_plan(self, plan: Plan) -> dict[str, Plan]:
-        """Return the plan of each layer from that of the row, by name; waits for the device."""
+    def split_plan(self, names: Sequence[str], plan: Plan) -> dict[str, Plan]:
+        """Return the plans of some layers from that of the row, by name; waits for the device."""
         plan = plan.compact()
         part, value = plan.sites // plan.num_values, plan.sites % plan.num_values
-        found, first = {}, 0
-        for name, weight, size in zip(self.names, self.weights, self.sizes, strict=True):
+        found = {}
+        for name in names:
+            first, weight = self.places[name]
+            size = weight.numel()
             chosen = (first <= value) & (value < first + size)
             # what lies at each place of the memory: the row-major number of the value
             numbers = torch.empty_like(weight, dtype=torch.int64)
@@ -68,12 +89,11 @@ class Row:
             sites, order = (part * size + storage(numbers)[(value - first).clamp(0, size - 1)])[chosen].sort()
             population = plan.population // plan.num_values * size
             found[name] = Plan(sites, plan.codes[chosen][order], population, plan.rate, tuple(weight.shape))
-            first += size
         return found
 
 
 class Together:
-    """Reads the weights of a training step together, where that is worth it and gives the same.
+    """Reads the weights of a forward together, where that is worth it and gives the same.
 
     That is where values cannot be read without waiting, for weights of dynamic fixed point without bounds, under at
     most one kind of soft faults, drawn on the device, that takes every value of a layer alike. All others are read one
@@ -98,13 +118,14 @@ class Together:
         self._layers, self._drawing, self._tally, self._mask = layers, drawing, tally, mask_gradients
         self._form = form if isinstance(form, FixedPoint) and form.range is None and drawing.draws_rows else None
         self._weights: dict[str, nn.Parameter] | None = None
-        self._numbers: tuple[Tensor, ...] = ()
+        self._whole: Row | None = None
+        self._numbers: dict[str, Tensor] = {}
         self._of: tuple[tuple[str, ...], Tensor] | None = None
         self.ready: dict[str, Tensor] = {}
 
     def forget(self) -> None:
         """Forget the weights: they may be others when the injection is entered again."""
-        self._weights = self._of = None
+        self._weights = self._whole = self._of = None
 
     def begin(self, names: Sequence[str], draw: int | None, shared: SharedWeights) -> None:
         """Make ``ready`` what the layers of a forward that begins will read.
@@ -122,21 +143,32 @@ class Together:
     def _begin(self, names: Sequence[str], draw: int | None, shared: SharedWeights, form: FixedPoint) -> None:
         if self._weights is None:
             self._weights = self._eligible()
-        weights = {name: self._weights[name] for name in dict.fromkeys(names) if name in self._weights}
-        if len(weights) < 2:
+        running = [name for name in dict.fromkeys(names) if name in self._weights]
+        if len(running) < 2:
             return
-        row = Row(tuple(weights), tuple(weights.values()), tuple(weight.numel() for weight in weights.values()))
-        if shared.row is None or shared.row[0] != row.names:
-            shared.row = row.names, self._round(row, form)
+        learns = torch.is_grad_enabled()
+        row = _row({name: self._weights[name] for name in running}) if learns else self._all(self._weights)
+        key = row.names, torch.is_inference_mode_enabled()
+        if shared.row is None or shared.row[0] != key:
+            shared.row, shared.hit = (key, self._round(row, form)), None
         rounded, blocked = shared.row[1], None
         values = rounded.values
         if draw is not None and self._drawing.placed:
-            values, blocked = self._hit(row, form, rounded, draw)
-        if torch.is_grad_enabled() and any(weight.requires_grad for weight in row.weights):
-            read = _Read.apply(row, values, rounded.inside, blocked, *row.weights)
+            if learns or shared.hit is None or shared.hit[0] != draw:
+                shared.hit = draw, *self._hit(row, form, rounded, draw)
+            _, values, plan = shared.hit
+            self._count(row, running, plan, form, draw)
+            blocked = mark(values, plan.values_hit(), None) if self._mask and learns else None
+        if learns and any(weight.requires_grad for weight in row.weights):
+            read = cast(Sequence[Tensor], _Read.apply(row, values, rounded.inside, blocked, *row.weights))
+            self.ready = dict(zip(row.names, read, strict=True))
         else:
-            read = row.split(values)
-        self.ready = dict(zip(row.names, cast(Sequence[Tensor], read), strict=True))
+            self.ready = row.parts(values, running)
+
+    def _all(self, weights: dict[str, nn.Parameter]) -> Row:
+        if self._whole is None:
+            self._whole = _row(weights)
+        return self._whole
 
     def _eligible(self) -> dict[str, nn.Parameter]:
         """Return the weights that are read together, by layer: where nothing but this injection comes before them."""
@@ -159,7 +191,8 @@ class Together:
             ):
                 found[name] = weight
         if found:
-            self._numbers = torch.arange(len(self._layers), device=next(iter(found.values())).device).unbind()
+            numbers = torch.arange(len(self._layers), device=next(iter(found.values())).device)
+            self._numbers = dict(zip(self._layers, numbers.unbind(), strict=True))
         return found
 
     def _round(self, row: Row, form: FixedPoint) -> Rounded:
@@ -169,30 +202,39 @@ class Together:
         grid = form.grid_of(lsb)
         integers = torch.div(row.join(weights), lsb).round_()
         clamped = integers.clamp(grid.lo, grid.hi)
-        return Rounded(clamped * lsb, clamped == integers, grid)
+        values = clamped * lsb
+        if any(placed.fault.needs_largest for placed in self._drawing.placed):
+            grid = replace(grid, largest=row.spread(_largest(row.split(values))))
+        return Rounded(values, clamped == integers, grid)
 
-    def _hit(self, row: Row, form: FixedPoint, rounded: Rounded, draw: int) -> tuple[Tensor, Tensor | None]:
-        """Return a faulty copy of the values, and where no gradient passes, [N] each."""
+    def _hit(self, row: Row, form: FixedPoint, rounded: Rounded, draw: int) -> tuple[Tensor, Plan]:
+        """Return a faulty copy of the values [N], and its plan."""
         out = rounded.values.clone()
-        site = Site(TOGETHER, tuple(out.shape), macs=0, bits=form.bits)
-        placed, plan = self._drawing.row(site, draw, out.device, row.split_plan)
-        grid = rounded.grid
-        if placed.fault.needs_largest:
-            grid = Grid(grid.lsb, grid.bits, grid.lo, grid.hi, row.spread(_largest(row.split(rounded.values))))
-        placed.fault.apply_(out, plan, grid)
-        for name, weight in zip(row.names, row.weights, strict=True):
+        placed, plan = self._drawing.row(Site(TOGETHER, tuple(out.shape), macs=0, bits=form.bits), draw, out.device)
+        placed.fault.apply_(out, plan, rounded.grid)
+        return out, plan
+
+    def _count(self, row: Row, names: Sequence[str], plan: Plan, form: FixedPoint, draw: int) -> None:
+        """Take note of what hit the layers of a forward, of a plan for a row that holds them."""
+        (placed,) = self._drawing.placed
+        self._drawing.keep_row(draw, lambda: row.split_plan(names, plan))
+        for name in names:
             key = (placed.number, name, 0)
             if key not in self._drawing.sites:
-                self._drawing.sites[key] = weight_site(name, self._layers[name], weight, form)
-        self._tally.add_row(placed.number, row.names, row.sizes, plan, self._numbers_of(row), self._layers)
-        return out, mark(out, plan.values_hit(), None) if self._mask else None
+                self._drawing.sites[key] = weight_site(name, self._layers[name], row.places[name][1], form)
+        sizes = [row.places[name][1].numel() for name in names]
+        places = torch.stack([self._numbers[name] for name in names])
+        self._tally.add_row(placed.number, names, sizes, plan, self._numbers_of(row), places, self._layers)
 
     def _numbers_of(self, row: Row) -> Tensor:
         """Return the number of the layer of each value, int64 [N]: its place among the model's layers."""
         if self._of is None or self._of[0] != row.names:
-            places = dict(zip(self._layers, self._numbers, strict=True))
-            self._of = row.names, row.spread(torch.stack([places[name] for name in row.names]))
+            self._of = row.names, row.spread(torch.stack([self._numbers[name] for name in row.names]))
         return self._of[1]
+
+
+def _row(weights: dict[str, nn.Parameter]) -> Row:
+    return Row(tuple(weights), tuple(weights.values()), tuple(weight.numel() for weight in weights.values()))
 
 
 class _Read(torch.autograd.Function):

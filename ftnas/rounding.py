@@ -1,0 +1,171 @@
+"""How values are rounded to the integers lo..hi times a power of two: in passes, by one operation, by fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SMALLEST_RANGE = 1e-5
+
+
+class Limits(NamedTuple):
+    """The integers of a format: ``bits`` is the width of its words with the sign, ``lo`` and ``hi`` are the limits."""
+
+    bits: int
+    lo: int
+    hi: int
+
+
+def in_passes(
+    x: Tensor, lsb: Tensor, limits: Limits, *, need_inside: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return a float32 (or float64) tensor on a grid, and the mask of unclamped values if needed.
+
+    Args:
+        x: float32 or float64, any shape.
+        lsb: The step: a scalar, or one of each value.
+        limits: The integers.
+        need_inside: Whether the mask is asked for.
+        out: Where to write, ``x`` itself or a fresh tensor; None makes one.
+    """
+    integers = torch.div(x, lsb, out=out).round_()
+    if not need_inside:
+        return integers.clamp_(limits.lo, limits.hi).mul_(lsb), None
+    clamped = integers.clamp(limits.lo, limits.hi)
+    inside = clamped == integers
+    return torch.mul(clamped, lsb, out=integers), inside
+
+
+def to_multiples(x: Tensor, lsb: float, bits: int, *, out: Tensor | None) -> Tensor:
+    """Round values that no word of ``bits`` clamps to multiples of ``lsb``, a power of two, half to even.
+
+    Between 2^23 lsb and 2^24 lsb neighbouring float32 numbers are lsb apart: adding 1.5 * 2^23 lsb rounds to the
+    multiple, and taking it away again is exact. Two passes for three; the zero that it gives is never negative.
+    """
+    if x.dtype != torch.float32 or bits > 22 or not 2.0**-100 < lsb < 2.0**100:
+        return torch.mul(x, 1.0 / lsb, out=out).round_().mul_(lsb)
+    shift = 1.5 * 2.0**23 * lsb
+    return torch.add(x, shift, out=out).sub_(shift)
+
+
+def at_once(x: Tensor, lsb: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
+    """Return a float32 tensor on the grid of its own range, and the mask of unclamped values, by one operation.
+
+    It is PyTorch's fake quantization, which rounds half to even too and gives no negative zero. Values far beyond the
+    grid would overflow its integers, so the step must be that of the tensor; a NaN step gives NaN everywhere.
+    """
+    zero, enabled = _fake_quantization(x.device)
+    found: tuple[Tensor, Tensor] = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
+        x, lsb, zero, enabled, limits.lo, limits.hi
+    )
+    return found
+
+
+@cache
+def _fake_quantization(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return zero point and switch of PyTorch's fake quantization on a device."""
+    return torch.zeros(1, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int64, device=device)
+
+
+@contextmanager
+def fused() -> Iterator[None]:
+    """Round tensors in the body by kernels that torch.compile fuses; the values are the same, bit for bit.
+
+    For GPUs, where rounding is several kernels otherwise. The first use compiles for some seconds.
+    """
+    before = _fused.set(True)
+    try:
+        yield
+    finally:
+        _fused.reset(before)
+
+
+_fused: ContextVar[bool] = ContextVar("fused", default=False)
+
+
+def is_fused(x: Tensor) -> bool:
+    """Tell whether a tensor is rounded by `by_kernels`."""
+    return _fused.get() and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 1
+
+
+def by_kernels(
+    x: Tensor, given: Tensor | None, limits: Limits, *, need_inside: bool, narrow: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return values, mask of unclamped ones if needed, and step, in as few kernels as torch.compile makes of it.
+
+    Args:
+        x: float32 or bfloat16, any shape, more than one value.
+        given: The step; None finds that of the tensor's own range.
+        limits: The integers.
+        need_inside: Whether the mask is asked for.
+        narrow: Leave bfloat16 values as such; they are float32 otherwise.
+    """
+    if not torch.ops.aten.is_non_overlapping_and_dense(x):
+        x = x.contiguous()
+    # one shape for all kernels, whatever the memory format
+    flat = _same_memory(x, (x.numel(),), (1,))
+    narrow = narrow and x.dtype == torch.bfloat16  # each value of a switch is compiled anew
+    values, inside, lsb = _compiled()(flat, given, _limits(limits, x.device), need_inside, narrow)
+    shaped = None if inside is None else _same_memory(inside, x.size(), x.stride())
+    return _same_memory(values, x.size(), x.stride()), shaped, lsb
+
+
+def _same_memory(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """Return a tensor of another shape over the memory of x that is no view.
+
+    Views are compiled by what they view, and autograd lets nothing change one in place that a function of ours gave.
+    """
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), tuple(size), tuple(stride))
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(_round_flat, dynamic=True)
+
+
+@cache
+def _limits(limits: Limits, device: torch.device) -> Tensor:
+    """Return smallest and largest integer, and what `power_step` takes.
+
+    As numbers each would be compiled anew, and torch 2.11 compiles no numbers where function modes are off.
+    """
+    scale = below_one(torch.float32) * 2.0 ** (1 - limits.bits)
+    return torch.tensor([limits.lo, limits.hi, scale, SMALLEST_RANGE], device=device)
+
+
+def _round_flat(
+    x: Tensor, given: Tensor | None, limits: Tensor, need_inside: bool, narrow: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return values, mask of unclamped ones if needed, and step of a float tensor [N], N > 1."""
+    wide = x.float()
+    lsb = power_step(wide.abs().amax(), limits[2], limits[3]) if given is None else given
+    integers = torch.round(wide * lsb.reciprocal())
+    clamped = torch.minimum(torch.maximum(integers, limits[0]), limits[1])
+    values = clamped * lsb
+    return values.to(x.dtype) if narrow else values, clamped == integers if need_inside else None, lsb
+
+
+def power_step(largest: Tensor, scale: Tensor | float, smallest: Tensor | float = SMALLEST_RANGE) -> Tensor:
+    """Return the smallest power of two that is not below a magnitude, scaled, without waiting for the device.
+
+    Args:
+        largest: The magnitude, a float32 or float64 scalar; NaN or an infinity gives NaN.
+        scale: 2^(1 - bits), by which it is scaled, times `below_one`.
+        smallest: What is taken for a magnitude below it.
+    """
+    # m times (1 - half an epsilon) is the number next below m, of which 2^(e-1) <= x < 2^e finds the power for powers
+    # of two as well; a rounded log2 would be off by one there. mantissa * 2^e is exact, and so is the quotient 2^e.
+    scaled = largest.clamp_min(smallest) * scale
+    mantissa, _ = torch.frexp(scaled)
+    return scaled / mantissa
+
+
+def below_one(dtype: torch.dtype) -> float:
+    """Return the largest number below 1."""
+    return 1.0 - torch.finfo(dtype).eps / 2

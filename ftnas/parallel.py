@@ -18,6 +18,7 @@ import torch
 
 from ftnas.data import DataConfig, ImageSet, load, stratified_split
 from ftnas.derive import WINNER
+from ftnas.devices import compute_exactly
 from ftnas.faults.hardware import Hardware
 from ftnas.heap import keep_memory
 from ftnas.images import usable_cores
@@ -257,6 +258,7 @@ def _rank(given: dict[str, Any]) -> None:
         os.chdir(given["cwd"])
     keep_memory()
     torch.set_num_threads(job.num_threads)
+    compute_exactly()
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
     images = load(job.data, "train")

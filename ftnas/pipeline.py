@@ -16,6 +16,7 @@ from ftnas.campaign import Subject, run_campaign
 from ftnas.config import SEARCHES, GivenModel, RunConfig
 from ftnas.data import DataConfig, ImageSet, load, stratified_split
 from ftnas.derive import WINNER
+from ftnas.devices import compute_exactly
 from ftnas.models import ModelConfig, build_spec, call_factory, check_state, count, describe, load_model
 from ftnas.parallel import SearchJob, check_ranks, search_on_ranks
 from ftnas.progress import say
@@ -344,7 +345,8 @@ def _say_unreached(recipe: SgdConfig, epochs: int, *, where: str) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the torch device of a config's ``device``; ValueError when it is not there."""
+    """Return the torch device of a config's ``device``, and have GPUs compute exactly; ValueError when not there."""
+    compute_exactly()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():

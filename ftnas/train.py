@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LRScheduler
 
+from ftnas.branches import Branches
 from ftnas.compute import Compute
 from ftnas.data import ImageSet
 from ftnas.evaluate import Forward, answers, unchanged
@@ -159,11 +160,7 @@ def fit(
     config.compute.check_graph(device, "train.compute", obstacle=obstacle)
     extras = Regularization(config.regularizers, model) if config.regularizers else None
     loss = FaultTolerantLoss(
-        model,
-        alpha_l=config.alpha_l,
-        bn_statistics=config.bn_statistics,
-        compute=config.compute,
-        regularization=extras,
+        model, alpha_l=config.alpha_l, bn_statistics=config.bn_statistics, compute=config.compute, regularization=extras
     )
     with track(title, config.epochs, done=first) as progress:
         for epoch in range(first, config.epochs):
@@ -273,12 +270,14 @@ def gradients_by(
 
     With a graph the steps after the first few are replayed; see `GraphedStep`.
     """
+    forward = Branches(model, injection, wanted=graph is not None)
 
     def step(images: Tensor, labels: Tensor) -> Losses:
         for parameter in parameters:
             parameter.grad = None
-        losses = loss(model, injection, images, labels)
+        losses = loss(forward, injection, images, labels)
         losses.total.backward()
+        forward.join()
         return replace(losses, total=losses.total.detach())
 
     def at_once(images: Tensor, labels: Tensor, draw: int) -> Losses:

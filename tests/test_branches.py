@@ -1,0 +1,133 @@
+"""Clean and faulty forward side by side: what waits for what, on streams that only take notes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+from faulty import CASES, gen
+from torch import nn
+
+from ftnas import bound, branches
+from ftnas.branches import Branches
+from ftnas.faults.bounds import FeatureBound
+from ftnas.faults.hardware import Hardware
+from ftnas.rng import isolated
+from ftnas.train import FaultTolerantLoss
+
+
+class Stream:
+    """A stream that notes in a common list what is asked of it; everything runs at once anyway."""
+
+    def __init__(self, name, notes):
+        self.name, self.notes = name, notes
+
+    def record_event(self):
+        self.notes.append((self.name, "record"))
+        return len(self.notes) - 1
+
+    def wait_event(self, event):
+        self.notes.append((self.name, "wait", event))
+
+    def wait_stream(self, other):
+        self.notes.append((self.name, "join", other.name))
+
+
+@pytest.fixture
+def notes(monkeypatch):
+    """What is asked of streams that only take notes, in place of those of a GPU."""
+    found = []
+    main, side = Stream("main", found), Stream("side", found)
+    current = [main]
+
+    @contextlib.contextmanager
+    def stream(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device=None: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(branches, "_has_streams", lambda _device: True)
+    return found
+
+
+def net():
+    with isolated(0, "net"):
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5),
+        )  # fmt: skip
+
+
+def step(model, *, wanted=True, alpha_l=0.5, steps=1):
+    """Do steps of training as a graph does them; return the losses and the state that they leave."""
+    images, labels = torch.randn(4, 3, 9, 9, generator=gen(1)), torch.arange(4)
+    losses = []
+    with Hardware(fault=CASES["adsaf"]).inject(model.train(), seed=0, errors="soft", draw_on="device") as injection:
+        forward = Branches(model, injection, wanted=wanted)
+        loss = FaultTolerantLoss(model, alpha_l=alpha_l)
+        for _ in range(steps):
+            found = loss(forward, injection, images, labels)
+            found.total.backward()
+            forward.join()
+            losses.append(found.total.item())
+    return losses, {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_the_second_forward_waits_for_the_weights_and_for_each_norm_of_the_first(notes):
+    step(net(), steps=3)
+    # the first step looks for the feature points too, within its first forward
+    starts = [number + 1 for number, note in enumerate(notes) if note[1:] == ("join", "side")][1::2]
+    assert len(starts) == 3
+    for start, end in itertools.pairwise(starts):
+        assert notes[start:end] == [
+            *[("main", "record")] * 3,  # as the model begins, and after two norms
+            *[("side", "wait", start + number) for number in range(3)],  # the weights, then norm by norm
+            ("main", "join", "side"),  # before the loss
+            ("main", "join", "side"),  # after the backward pass
+        ]
+
+
+@pytest.mark.parametrize("alpha_l", [0.0, 1.0])
+def test_one_forward_alone_stays_on_its_stream(alpha_l, notes):
+    step(net(), alpha_l=alpha_l)
+    assert {note[:2] for note in notes} == {("main", "record")}
+
+
+def test_forwards_side_by_side_leave_what_forwards_in_turn_leave(notes):
+    model = net()
+    losses, state = step(model, steps=3)
+    assert notes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    notes.clear()
+    other_losses, other = step(net(), steps=3, wanted=False)
+    assert not notes and losses == other_losses
+    assert all(torch.equal(value, other[name]) for name, value in state.items())
+
+
+def spectral(model):
+    nn.utils.parametrizations.spectral_norm(model[0])
+
+
+def counting_nan(model):
+    bound(model, features=FeatureBound(value=4.0, learned=True, nan="zero"))
+
+
+@pytest.mark.parametrize("change", [spectral, counting_nan])
+def test_forwards_that_write_what_others_write_run_in_turn(change, notes):
+    model = net()
+    change(model)
+    step(model)
+    assert not notes
+
+
+def test_a_cpu_has_no_streams():
+    model = net()
+    with Hardware(fault=CASES["adsaf"]).inject(model, seed=0, errors="soft") as injection:
+        forward = Branches(model, injection, wanted=True)
+        assert torch.equal(forward(torch.ones(2, 3, 9, 9)).isfinite().all(), torch.tensor(True))
+        forward.join()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LRScheduler
 
-from ftnas.branches import Branches
+from ftnas.branches import IN_TURN, InTurn, parts_of_a_step
 from ftnas.compute import Compute
 from ftnas.data import ImageSet
 from ftnas.evaluate import Forward, answers, unchanged
@@ -36,12 +37,16 @@ EpochDone = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of a step: float32 scalars on the device; ``penalties`` by the name of the regularizer."""
+    """The losses of a step: float32 scalars on the device; ``penalties`` by the name of the regularizer.
+
+    ``parts`` are the weighted losses of the forwards, with gradients.
+    """
 
     total: Tensor
     clean: Tensor
     faulty: Tensor
     penalties: dict[str, Tensor] = field(default_factory=dict)
+    parts: tuple[Tensor, ...] = ()
 
 
 class FaultTolerantLoss:
@@ -61,31 +66,38 @@ class FaultTolerantLoss:
         regularization: Regularization | None = None,
     ) -> None:
         self._alpha, self._compute, self._regularization = alpha_l, compute, regularization
+        self._watching = nullcontext if regularization is None else regularization.watching
         compute.prepare(model)
         self._moves = {"clean": bn_statistics != "faulty", "faulty": bn_statistics != "clean"}
         self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
-    def __call__(self, forward: Forward, injection: Injection, images: Tensor, labels: Tensor) -> Losses:
+    def __call__(
+        self, forward: Forward, injection: Injection, images: Tensor, labels: Tensor, sides: InTurn = IN_TURN
+    ) -> Losses:
         """Return the losses of a batch: images float [B, C, H, W], labels int64 [B]."""
         zero = torch.zeros((), device=images.device)
         images = self._compute.images(images)
         clean = faulty = zero
         penalties: dict[str, Tensor] = {}
+        parts: list[Tensor] = []
         with injection.weights_shared():
             with injection.paused(), self._watching():
                 logits = None
                 if self._alpha < 1.0:
-                    with self._statistics("clean"):
-                        logits = self._logits(forward, images)
-                    clean = F.cross_entropy(logits, labels)
+                    with sides.first():
+                        with self._statistics("clean"):
+                            logits = self._logits(forward, images)
+                        clean = F.cross_entropy(logits, labels)
+                        parts.append((1.0 - self._alpha) * clean)
                 if self._regularization is not None:
                     penalties = self._regularization.penalties(logits)
             if self._alpha > 0.0:
-                with self._statistics("faulty"):
+                with sides.second(), self._statistics("faulty"):
                     faulty = F.cross_entropy(self._logits(forward, images), labels)
-        total = sum(penalties.values(), (1.0 - self._alpha) * clean + self._alpha * faulty)
+                    parts.append(self._alpha * faulty)
+        total = sum(penalties.values(), parts[0] + parts[-1] if len(parts) > 1 else parts[0])
         seen = {name: value.detach() for name, value in penalties.items()}
-        return Losses(total, clean.detach(), faulty.detach(), seen)
+        return Losses(total, clean.detach(), faulty.detach(), seen, tuple(parts))
 
     def named(self, clean: float, faulty: float) -> dict[str, float | None]:
         """Return the mean losses of an epoch for its record; None for the one that is left out."""
@@ -98,9 +110,6 @@ class FaultTolerantLoss:
         with self._compute.forward(images.device):
             logits = unchanged(forward, images)
         return logits.float()
-
-    def _watching(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._regularization is None else self._regularization.watching()
 
     @contextmanager
     def _statistics(self, which: str) -> Iterator[None]:
@@ -162,20 +171,12 @@ def fit(
     loss = FaultTolerantLoss(
         model, alpha_l=config.alpha_l, bn_statistics=config.bn_statistics, compute=config.compute, regularization=extras
     )
+    settings: Any = {"config": config, "hardware": hardware, "seed": seed, "extras": extras}
+    run = partial(_epoch, model, images, loss, optimizer, **settings)
     with track(title, config.epochs, done=first) as progress:
         for epoch in range(first, config.epochs):
             with isolated(seed, "epoch", epoch):
-                record = _epoch(
-                    model,
-                    images,
-                    loss,
-                    optimizer,
-                    config=config,
-                    hardware=hardware,
-                    seed=seed,
-                    epoch=epoch,
-                    extras=extras,
-                )
+                record = run(epoch=epoch)
             scheduler.step()
             history.append(record)
             state = {
@@ -270,15 +271,14 @@ def gradients_by(
 
     With a graph the steps after the first few are replayed; see `GraphedStep`.
     """
-    forward = Branches(model, injection, wanted=graph is not None)
+    sides = parts_of_a_step(model, graphed=graph is not None)
 
     def step(images: Tensor, labels: Tensor) -> Losses:
         for parameter in parameters:
             parameter.grad = None
-        losses = loss(forward, injection, images, labels)
-        losses.total.backward()
-        forward.join()
-        return replace(losses, total=losses.total.detach())
+        losses = loss(model, injection, images, labels, sides)
+        sides.backward(losses.total, losses.parts, parameters)
+        return replace(losses, total=losses.total.detach(), parts=())
 
     def at_once(images: Tensor, labels: Tensor, draw: int) -> Losses:
         injection.draw = draw

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import warnings
 
 import torch
 from scipy import stats
@@ -52,6 +54,18 @@ VARIATIONS = (LogNormalVariation, ReciprocalNormalVariation)
 
 def gen(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+@contextlib.contextmanager
+def never_waits():
+    """Raise where the body waits for the GPU."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def float_word(fault: Fault) -> bool:

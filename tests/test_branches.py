@@ -10,8 +10,8 @@ import torch
 from faulty import CASES, gen
 from torch import nn
 
-from ftnas import bound, branches
-from ftnas.branches import Branches
+from ftnas import bound, branches, devices
+from ftnas.branches import InTurn, parts_of_a_step
 from ftnas.faults.bounds import FeatureBound
 from ftnas.faults.hardware import Hardware
 from ftnas.rng import isolated
@@ -55,6 +55,12 @@ def notes(monkeypatch):
     return found
 
 
+@pytest.fixture
+def waiting(monkeypatch):
+    """A CPU on which, as on a GPU, no value is read and weights are read together."""
+    monkeypatch.setattr(devices, "is_readable", lambda _device: False)
+
+
 def net():
     with isolated(0, "net"):
         return nn.Sequential(
@@ -63,50 +69,55 @@ def net():
         )  # fmt: skip
 
 
-def step(model, *, wanted=True, alpha_l=0.5, steps=1):
+def step(model, *, graphed=True, alpha_l=0.5, steps=1, fault="adsaf"):
     """Do steps of training as a graph does them; return the losses and the state that they leave."""
     images, labels = torch.randn(4, 3, 9, 9, generator=gen(1)), torch.arange(4)
-    losses = []
-    with Hardware(fault=CASES["adsaf"]).inject(model.train(), seed=0, errors="soft", draw_on="device") as injection:
-        forward = Branches(model, injection, wanted=wanted)
-        loss = FaultTolerantLoss(model, alpha_l=alpha_l)
+    losses, gradients = [], []
+    with Hardware(fault=CASES[fault]).inject(model.train(), seed=0, errors="soft", draw_on="device") as injection:
+        sides = parts_of_a_step(model, graphed=graphed)
+        loss, parameters = FaultTolerantLoss(model, alpha_l=alpha_l), list(model.parameters())
         for _ in range(steps):
-            found = loss(forward, injection, images, labels)
-            found.total.backward()
-            forward.join()
+            model.zero_grad(set_to_none=True)
+            found = loss(model, injection, images, labels, sides)
+            sides.backward(found.total, found.parts, parameters)
             losses.append(found.total.item())
-    return losses, {name: value.clone() for name, value in model.state_dict().items()}
+            gradients.append([p.grad if p.grad is None else p.grad.clone() for p in parameters])
+            assert all(p.grad is None or p.grad.stride() == p.stride() for p in parameters)
+    return losses, gradients, {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_the_second_forward_waits_for_the_weights_and_for_each_norm_of_the_first(notes):
+def test_the_second_part_waits_layer_by_layer_for_the_first(notes):
     step(net(), steps=3)
     # the first step looks for the feature points too, within its first forward
     starts = [number + 1 for number, note in enumerate(notes) if note[1:] == ("join", "side")][1::2]
     assert len(starts) == 3
     for start, end in itertools.pairwise(starts):
         assert notes[start:end] == [
-            *[("main", "record")] * 3,  # as the model begins, and after two norms
-            *[("side", "wait", start + number) for number in range(3)],  # the weights, then norm by norm
-            ("main", "join", "side"),  # before the loss
-            ("main", "join", "side"),  # after the backward pass
+            *[("main", "record")] * 6,  # as the model begins, and after two norms and three layers with weights
+            *[("side", "wait", start + number) for number in range(6)],
+            ("main", "join", "side"),  # before the sum of the losses
+            ("main", "join", "side"),  # before the sum of the gradients
         ]
 
 
 @pytest.mark.parametrize("alpha_l", [0.0, 1.0])
-def test_one_forward_alone_stays_on_its_stream(alpha_l, notes):
+def test_one_part_alone_stays_on_its_stream(alpha_l, notes):
     step(net(), alpha_l=alpha_l)
-    assert {note[:2] for note in notes} == {("main", "record")}
+    assert {note[:2] for note in notes} <= {("main", "record")}
 
 
-def test_forwards_side_by_side_leave_what_forwards_in_turn_leave(notes):
+@pytest.mark.parametrize("fault", ["adsaf", "mibb", "log normal"])
+@pytest.mark.parametrize("alpha_l", [0.0, 0.3, 1.0])
+def test_parts_side_by_side_leave_what_parts_in_turn_leave(fault, alpha_l, notes, waiting):
     model = net()
-    losses, state = step(model, steps=3)
-    assert notes
+    losses, gradients, state = step(model, steps=3, fault=fault, alpha_l=alpha_l)
+    assert notes or alpha_l == 1.0
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     notes.clear()
-    other_losses, other = step(net(), steps=3, wanted=False)
+    other_losses, other_gradients, other = step(net(), steps=3, fault=fault, alpha_l=alpha_l, graphed=False)
     assert not notes and losses == other_losses
-    assert all(torch.equal(value, other[name]) for name, value in state.items())
+    torch.testing.assert_close(gradients, other_gradients, rtol=0, atol=0)
+    torch.testing.assert_close(state, other, rtol=0, atol=0)
 
 
 def spectral(model):
@@ -126,8 +137,4 @@ def test_forwards_that_write_what_others_write_run_in_turn(change, notes):
 
 
 def test_a_cpu_has_no_streams():
-    model = net()
-    with Hardware(fault=CASES["adsaf"]).inject(model, seed=0, errors="soft") as injection:
-        forward = Branches(model, injection, wanted=True)
-        assert torch.equal(forward(torch.ones(2, 3, 9, 9)).isfinite().all(), torch.tensor(True))
-        forward.join()
+    assert type(parts_of_a_step(net(), graphed=True)) is InTurn

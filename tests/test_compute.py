@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faulty import never_waits
 from injected import gen
 
 from ftnas import rounding
@@ -152,12 +153,9 @@ def test_a_step_of_the_shared_weights_on_a_gpu_never_waits(fault, compute):
     steps = Steps(fault, compute, device="cuda")
     with steps.injection as injection:
         steps(0)  # the first step finds the feature points, and makes the optimizer's buffers
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with never_waits():
             steps(0)
             steps(1)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert injection.record.hits > 0
 
 

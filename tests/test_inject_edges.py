@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from faulty import CASES, VARIATIONS, codes_per_site, float_word, gen, keeps_grid, same, site_of
+from faulty import CASES, VARIATIONS, codes_per_site, float_word, gen, keeps_grid, never_waits, same, site_of
 from injected import ADSAF, FIXED, MIBB, Residual, create, images, run, snapshot
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
@@ -284,11 +284,8 @@ def test_training_on_a_gpu_never_waits(fault, where):
     options = {"quantization": quantization_of(fault), "errors": "soft", "draw_on": "device"}
     with inject(model, fault, **options) as injection:
         model(x).sum().backward()  # the first step finds the feature points
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with never_waits():
             model(x).sum().backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert injection.record.hits > 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faulty import never_waits
 from injected import ADSAF, FIXED, MIBB, MODELS, Spying, create, drawn, gen, images, rounded, run, snapshot
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -344,9 +345,6 @@ def test_a_training_step_on_a_gpu_never_waits(fault):
     model, x = create("plain").cuda().train(), images().cuda()
     with inject(model, fault, quantization=FIXED, errors="soft", draw_on="device") as injection:
         model(x).sum().backward()  # the first step finds the feature points
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with never_waits():
             model(x).sum().backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert injection.record.hits > 0

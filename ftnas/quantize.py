@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -149,6 +150,17 @@ class FixedPoint(Settings):
             return Rounded(rounding.to_multiples(values, lsb, self.bits, out=out), None, grid)
         return self._in_passes(values, grid, need_inside, out)
 
+    def at_once(self, x: Tensor) -> Tensor | None:
+        """Return what `quantize` gives where that is one operation, which has its own gradient; None elsewhere.
+
+        A GPU waits for Python: float32 tensors of any shape with a free range are rounded there without more of it.
+        """
+        alone = self.range is None and x.dtype == torch.float32 and not rounding.is_fused(x) and x.numel() > 0
+        if not alone or devices.is_readable(x.device):
+            return None
+        largest = torch.linalg.vector_norm(x.detach(), math.inf)
+        return rounding.at_once(x, rounding.power_step(largest, _scale(self.bits, largest.dtype)), self._limits)[0]
+
     def _in_passes(self, x: Tensor, grid: Grid, need_inside: bool, out: Tensor | None = None) -> Rounded:
         return Rounded(*rounding.in_passes(x, grid.lsb, self._limits, need_inside=need_inside, out=out), grid)
 
@@ -159,8 +171,7 @@ class FixedPoint(Settings):
 
     @property
     def _limits(self) -> Limits:
-        hi = 2 ** (self.bits - 1) - 1
-        return Limits(self.bits, -hi - 1 if self.encoding == "twos_complement" else -hi, hi)
+        return _limits(self.bits, self.encoding)
 
     def _given_lsb(self) -> float | None:
         if isinstance(self.range, Frozen):
@@ -172,12 +183,12 @@ class FixedPoint(Settings):
         given = self._given_lsb() or given
         if given is not None:
             return torch.full((), given, dtype=torch.float32, device=x.device)
-        largest = torch.linalg.vector_norm(x.detach(), float("inf"))
+        largest = torch.linalg.vector_norm(x.detach(), math.inf)
         return self.step(largest if x.dtype == torch.float64 else largest.float())
 
     def step(self, largest: Tensor) -> Tensor:
         """Return the step of a free range for magnitudes, float32 or float64 of any shape; float32."""
-        return rounding.power_step(largest, rounding.below_one(largest.dtype) * 2.0 ** (1 - self.bits)).float()
+        return rounding.power_step(largest, _scale(self.bits, largest.dtype)).float()
 
     def fraction_length(self, x: Tensor) -> int:
         """Return l with LSB = 2^-l for a tensor of any shape (reads the value back from the device)."""
@@ -242,6 +253,18 @@ class Quantization(Settings):
         if value is None or isinstance(value, Quantization):
             return value
         raise ValueError(f"quantization must be a FixedPoint(bits=8), a Quantization or None, got {value!r}")
+
+
+@cache
+def _limits(bits: int, encoding: str) -> Limits:
+    hi = 2 ** (bits - 1) - 1
+    return Limits(bits, -hi - 1 if encoding == "twos_complement" else -hi, hi)
+
+
+@cache
+def _scale(bits: int, dtype: torch.dtype) -> float:
+    """Return what `rounding.power_step` takes for words of some bits."""
+    return rounding.below_one(dtype) * 2.0 ** (1 - bits)
 
 
 def _lsb_for(largest: float, bits: int) -> float:

@@ -125,6 +125,7 @@ class Operations(TorchDispatchMode):
         with contextlib.ExitStack() as stack:
             for owner, name, part in (
                 (FixedPoint, "round", "rounding"),
+                (FixedPoint, "at_once", "rounding"),
                 (FixedPoint, "grid", "rounding"),
                 (Drawing, "_drawn", "drawing"),
                 (Tally, "add", "drawing"),

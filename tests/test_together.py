@@ -104,6 +104,8 @@ class Step:
 
 def assert_same(one, other, *, rtol=0.0):
     torch.testing.assert_close(one.losses, other.losses, rtol=0, atol=0, equal_nan=True)
+    if one.losses[0].isnan():
+        return  # a gradient of NaN has no values
     assert one.gradients.keys() == other.gradients.keys()
     for name, gradient in one.gradients.items():
         torch.testing.assert_close(gradient, other.gradients[name], rtol=rtol, atol=rtol, equal_nan=True, msg=name)
@@ -133,8 +135,9 @@ def test_a_step_is_that_of_the_weights_one_by_one(name, fault, extra, waiting, m
     alone = Step(name, FAULTS[fault], plans=given, **extra)
     assert not any(alone.together)
     if fault != "mibb":  # what is drawn of features is padded where nothing is read, from other numbers
-        # without faults of weights both forwards read one tensor, whose gradients come in another order
-        assert_same(together, alone, rtol=1e-6 if given is None else 0.0)
+        # without faults of weights both forwards read one tensor, whose gradients come in another order; gradients
+        # of features lie elsewhere in memory
+        assert_same(together, alone, rtol=1e-6 if given is None or extra.get("last") else 0.0)
     if given is not None:
         assert all(plan.sites.diff().ge(0).all() for plan in together.plans.plans.values())
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -222,6 +222,14 @@ def clipped_weight(module: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor | 
     if limit is None or not weights_return(module):
         return clipped(weight, limit), limit
     return _Returning.apply(weight, limit.to(weight.dtype)), limit
+
+
+def within_bound(layer: nn.Module, values: Tensor, limit: Tensor, count_nan: Callable[[Tensor], None]) -> Tensor:
+    """Return features of any shape within their layer's bound; those with NaN that are read as 0 are counted."""
+    rule = rule_of(layer)
+    if rule.zeroes_nan:
+        count_nan(values)
+    return saturated(values, limit, rule)
 
 
 def saturated(values: Tensor, limit: Tensor, rule: Rule) -> Tensor:

@@ -14,16 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ftnas.faults.activation import ActivationMode
 from ftnas.faults.base import Fault, Plan, Site
-from ftnas.faults.bounds import (
-    FEATURE,
-    WEIGHT,
-    bound_of,
-    clipped_weight,
-    rule_of,
-    saturated,
-    stored_bound,
-    weights_return,
-)
+from ftnas.faults.bounds import FEATURE, WEIGHT, bound_of, clipped_weight, stored_bound, weights_return, within_bound
 from ftnas.faults.changes import Change, Watch
 from ftnas.faults.drawing import Drawing, Drawings, Key, Placed
 from ftnas.faults.memory import mark, restrict_range, values_at
@@ -263,20 +254,23 @@ class Injection:
         if owner is None:
             return None
         with torch._C.DisableTorchFunction():  # our own arithmetic is no business of any function mode
-            return self._feature(owner, output, is_ours(module, output))
+            return self._feature(owner, output, module)
 
-    def _feature(self, call: Call, feature: Tensor, ours: bool) -> Tensor:
-        """Quantize and fault the feature point of a layer call: [batch, ...], any float dtype; in place if ``ours``."""
+    def _feature(self, call: Call, feature: Tensor, module: nn.Module) -> Tensor:
+        """Quantize and fault the feature point of a layer call: [batch, ...], any float dtype, given by a module."""
         layer, index = call
-        bound = self._bounds.get(layer)
+        bound, limit = self._bounds.get(layer), bound_of(self._layers[layer], FEATURE)
+        met = not self._paused and self._features.hits(layer)
+        if not met and bound is None and limit is None and self._activations is None and self._feature_format:
+            rounded = self._feature_format.at_once(feature)
+            if rounded is not None:
+                return rounded
+        ours = is_ours(module, feature)
         if bound is not None:
             feature, ours = restrict_range(feature, bound), False
-        limit = bound_of(self._layers[layer], FEATURE)
         if limit is not None:
-            rule = rule_of(self._layers[layer])
-            if rule.zeroes_nan:
-                self.tally.count_feature_nan(feature)
-            feature, ours = saturated(feature, limit, rule), False
+            feature = within_bound(self._layers[layer], feature, limit, self.tally.count_feature_nan)
+            ours = False
         site = feature_site(layer, self._layers[layer], feature, self._feature_format)
         if self._activations is None or not self._points[self._model.training].activated(call):
             return self._store(feature, site, self._feature_format, (self._features, self._buffers), index, ours, limit)

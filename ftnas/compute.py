@@ -13,6 +13,9 @@ from ftnas import rounding
 from ftnas.quantize import BF16_BITS, FixedPoint, FloatFormat
 from ftnas.settings import Settings
 
+TF32_BITS = 11
+"""Words that TF32 holds exactly."""
+
 
 class Compute(Settings):
     """How the forwards and backwards of a training step compute; scores and campaigns always compute in float32.
@@ -21,13 +24,14 @@ class Compute(Settings):
 
     Attributes:
         channels_last: Hold maps and kernels with the channels innermost.
-        autocast: ``bf16`` computes convolutions and Linear layers in bfloat16; None in float32.
+        autocast: ``bf16`` computes convolutions and Linear layers in bfloat16; ``tf32`` lets the convolutions of an
+            NVIDIA GPU round what they multiply to 11 significant bits; None computes in float32.
         fused_rounding: Round by kernels that torch.compile fuses, to the same values. For GPUs: it slows a CPU.
         cuda_graph: Replay the step of a fixed network as one CUDA graph, with the same results. For GPUs alone.
     """
 
     channels_last: bool = False
-    autocast: Literal["bf16"] | None = None
+    autocast: Literal["bf16", "tf32"] | None = None
     fused_rounding: bool = False
     cuda_graph: bool = False
 
@@ -44,31 +48,45 @@ class Compute(Settings):
     def forward(self, device: torch.device) -> Iterator[None]:
         """Run a forward on a device in the body."""
         kernels = rounding.fused() if self.fused_rounding else nullcontext()
-        with kernels, torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.autocast is not None):
+        with kernels, torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.autocast == "bf16"):
             yield
 
+    @contextmanager
+    def steps(self) -> Iterator[None]:
+        """Run steps, forwards and backwards, in the body."""
+        before = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = before or self.autocast == "tf32"
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
+
     def check(self, formats: Sequence[FixedPoint | FloatFormat], name: str) -> None:
-        """Refuse formats of weights and features that bfloat16 cannot hold.
+        """Refuse formats of weights and features that ``autocast`` does not hold exactly.
 
         Raises:
-            ValueError: Words of more than 8 bits under autocast, but for bfloat16 itself.
+            ValueError: Words of more than 8 bits for bf16, and of more than 11 for tf32, but for number formats that
+                are parts of it.
         """
         if self.autocast is None:
             return
-        bits = max((f.bits for f in formats if not (isinstance(f, FloatFormat) and f.dtype == "bf16")), default=0)
-        if bits > BF16_BITS:
+        most, parts = {"bf16": (BF16_BITS, ("bf16",)), "tf32": (TF32_BITS, ("bf16", "fp16"))}[self.autocast]
+        bits = max((f.bits for f in formats if not (isinstance(f, FloatFormat) and f.dtype in parts)), default=0)
+        if bits > most:
             raise ValueError(
-                f"{name}.autocast=bf16 holds words of up to {BF16_BITS} bits exactly, and here are words of "
+                f"{name}.autocast={self.autocast} holds words of up to {most} bits exactly, and here are words of "
                 f"{bits}; set autocast to null or use fewer bits"
             )
 
-    def check_graph(self, device: torch.device, name: str, *, obstacle: str | None) -> None:
-        """Refuse a CUDA graph of what cannot be one.
+    def check_device(self, device: torch.device, name: str, *, obstacle: str | None) -> None:
+        """Refuse what a device does not do, and a CUDA graph of what cannot be one.
 
         Raises:
-            ValueError: No CUDA device, or an ``obstacle``.
+            ValueError: No CUDA device, or an ``obstacle`` to a graph.
         """
         if self.cuda_graph and obstacle is not None:
             raise ValueError(f"{name}.cuda_graph replays steps, but {obstacle}; set it to false")
         if self.cuda_graph and device.type != "cuda":
             raise ValueError(f"{name}.cuda_graph needs a CUDA device, and this runs on {device}; set it to false")
+        if self.autocast == "tf32" and device.type != "cuda":
+            raise ValueError(f"{name}.autocast=tf32 needs a CUDA device, and this runs on {device}; set it to null")

@@ -135,7 +135,7 @@ class Search:
         check_alpha(config.weights.alpha_l, hardware, "search.weights.alpha_l")
         check_alpha(config.alpha_r, hardware, "search.alpha_r")
         config.weights.compute.check(hardware.formats(), "search.weights.compute")
-        config.weights.compute.check_graph(
+        config.weights.compute.check_device(
             weights_images.device, "search.weights.compute", obstacle="each here trains another path"
         )
         self.config = config
@@ -250,7 +250,7 @@ class Search:
             drop_last=True,
             share=(ranks.rank, ranks.size),
         )
-        with injection:
+        with injection, config.compute.steps():
             parameters = list(self.supernet.parameters())
             for index, ((x, y), genotype) in enumerate(zip(batches, genotypes, strict=True)):
                 # numbers what is trained on, in the order of the images, whichever rank does it

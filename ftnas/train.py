@@ -166,7 +166,7 @@ def fit(
     steps = images.num_images // config.batch_size
     obstacle = f"an epoch has {steps}, of which the first {WARM_UP} never are" if steps <= WARM_UP else None
     obstacle = "regularizers draw outside of it" if config.regularizers else obstacle
-    config.compute.check_graph(device, "train.compute", obstacle=obstacle)
+    config.compute.check_device(device, "train.compute", obstacle=obstacle)
     extras = Regularization(config.regularizers, model) if config.regularizers else None
     loss = FaultTolerantLoss(
         model, alpha_l=config.alpha_l, bn_statistics=config.bn_statistics, compute=config.compute, regularization=extras
@@ -233,7 +233,8 @@ def _epoch(
         draw_on="device",
     )
     batches = images.batches(config.batch_size, seed=seed, epoch=epoch, augment=config.augment, drop_last=True)
-    with injection, nullcontext() if extras is None else extras.attached(injection.replaced):
+    attached = nullcontext() if extras is None else extras.attached(injection.replaced)
+    with injection, attached, config.compute.steps():
         parameters = list(model.parameters())
         graph = CudaGraph() if config.compute.cuda_graph else None
         gradients = gradients_by(model, loss, injection, parameters, graph=graph)

@@ -55,6 +55,7 @@ TRAININGS = {
 COMPUTE = {
     "channels_last": {"channels_last": True},
     "bf16": {"autocast": "bf16"},
+    "tf32": {"autocast": "tf32"},
     "fused": {"fused_rounding": True},
     "graph": {"cuda_graph": True},
 }
@@ -102,7 +103,8 @@ class Bench:
         images, labels = self._batch(recipe.batch_size)
 
         def step(forward: Any) -> None:
-            descend(loss(forward, injection, images, labels).total, parameters, optimizer, recipe.grad_clip)
+            with self._compute.steps():
+                descend(loss(forward, injection, images, labels).total, parameters, optimizer, recipe.grad_clip)
 
         return step
 
@@ -117,7 +119,8 @@ class Bench:
         draws = itertools.count()
 
         def step() -> None:
-            gradients(images, labels, next(draws))
+            with self._compute.steps():
+                gradients(images, labels, next(draws))
             move(parameters, optimizer, recipe.grad_clip)
 
         return step
@@ -267,7 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compute", nargs="+", default=["plain"], metavar="VARIANT",
-                        help="plain, or channels_last, bf16, fused and graph joined by + (default: plain)")  # fmt: skip
+                        help="plain, or some of channels_last, bf16, tf32, fused, graph, with + (default: plain)")  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=[*SEARCHES, *TRAININGS], help="(default: all)")
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="of each kind of step, after warming up (default: 5)"
@@ -289,7 +292,7 @@ def main() -> None:
         device, variants = torch.device(options.device), {name: variant(name) for name in options.compute}
         torch.zeros(1, device=device)
         for name, compute in variants.items():
-            compute.check_graph(device, name, obstacle=None)
+            compute.check_device(device, name, obstacle=None)
     except (argparse.ArgumentTypeError, RuntimeError, AssertionError, ValueError) as error:
         parser.error(str(error).splitlines()[0])
     keep_memory()

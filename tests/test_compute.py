@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import resource
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ftnas import rounding
 from ftnas.compute import Compute
 from ftnas.faults import AdSAF, MiBB, WeightBitFlip
 from ftnas.faults.hardware import Hardware
+from ftnas.pipeline import pick_device
 from ftnas.quantize import FixedPoint, Quantization
 from ftnas.recipe import SgdConfig
 from ftnas.rng import isolated
@@ -143,10 +145,48 @@ def test_wider_words_than_bfloat16_holds_are_refused():
     Compute(autocast="bf16").check(Hardware(fault=WeightBitFlip(bit_error_rate=0.1, dtype="bf16")).formats(), "x")
 
 
+def test_tf32_is_for_steps_alone_and_for_words_that_it_holds():
+    compute, flags = Compute(autocast="tf32"), torch.backends.cudnn
+    before = flags.allow_tf32
+    try:
+        for held in (False, True):
+            flags.allow_tf32 = held
+            with pytest.raises(KeyError), compute.steps():
+                assert flags.allow_tf32
+                raise KeyError
+            assert flags.allow_tf32 is held
+            with Compute(autocast="bf16").steps():
+                assert flags.allow_tf32 is held
+    finally:
+        flags.allow_tf32 = before
+    for bits in (11, 12):
+        form = Hardware(quantization=Quantization(weights=FixedPoint(bits=bits))).formats()
+        with pytest.raises(ValueError, match="tf32 holds words of up to 11") if bits > 11 else nullcontext():
+            compute.check(form, "x")
+    compute.check(Hardware(fault=WeightBitFlip(bit_error_rate=0.1, dtype="fp16")).formats(), "x")
+    with pytest.raises(ValueError, match="words of 32"):
+        compute.check(Hardware(fault=WeightBitFlip(bit_error_rate=0.1, dtype="fp32")).formats(), "x")
+    compute.check_device(torch.device("cuda"), "x", obstacle="some")
+    with pytest.raises(ValueError, match=r"x\.autocast=tf32 needs a CUDA device, and this runs on cpu; set it to null"):
+        compute.check_device(torch.device("cpu"), "x", obstacle=None)
+
+
+def test_runs_compute_in_float32_and_the_same_every_time():
+    flags = torch.backends.cudnn
+    before = flags.allow_tf32, flags.deterministic
+    try:
+        flags.allow_tf32, flags.deterministic = True, False
+        pick_device("auto")
+        assert (flags.allow_tf32, flags.deterministic) == (False, True)
+    finally:
+        flags.allow_tf32, flags.deterministic = before
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
-    "compute", [Compute(), Compute(fused_rounding=True), Compute(channels_last=True, autocast="bf16")]
+    "compute",
+    [Compute(), Compute(fused_rounding=True), Compute(channels_last=True, autocast="bf16"), Compute(autocast="tf32")],
 )
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_step_of_the_shared_weights_on_a_gpu_never_waits(fault, compute):

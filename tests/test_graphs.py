@@ -176,11 +176,11 @@ def test_what_a_graph_cannot_draw_is_refused():
 def test_graphs_are_refused_where_there_can_be_none():
     graph = Compute(cuda_graph=True)
     with pytest.raises(ValueError, match=r"train\.compute\.cuda_graph needs a CUDA device, and this runs on cpu"):
-        graph.check_graph(torch.device("cpu"), "train.compute", obstacle=None)
+        graph.check_device(torch.device("cpu"), "train.compute", obstacle=None)
     with pytest.raises(ValueError, match=r"search\.weights\.compute\.cuda_graph replays steps, but each here trains"):
-        graph.check_graph(torch.device("cuda"), "search.weights.compute", obstacle="each here trains another path")
-    graph.check_graph(torch.device("cuda"), "train.compute", obstacle=None)
-    Compute().check_graph(torch.device("cpu"), "train.compute", obstacle=None)
+        graph.check_device(torch.device("cuda"), "search.weights.compute", obstacle="each here trains another path")
+    graph.check_device(torch.device("cuda"), "train.compute", obstacle=None)
+    Compute().check_device(torch.device("cpu"), "train.compute", obstacle=None)
 
 
 def fitted(folder, graph):
@@ -201,7 +201,7 @@ def test_a_training_with_graphs_is_the_same_training(tmp_path, no_reading, monke
         return made[-1]
 
     monkeypatch.setattr(train, "CudaGraph", record)
-    monkeypatch.setattr(Compute, "check_graph", lambda *args, **options: None)  # there is no CUDA device
+    monkeypatch.setattr(Compute, "check_device", lambda *args, **options: None)  # there is no CUDA device
     history, state = fitted(tmp_path / "graph", graph=True)
     plain_history, plain_state = fitted(tmp_path / "plain", graph=False)
     assert len(made) == 2 and all(graph.operations for graph in made)  # one for each epoch

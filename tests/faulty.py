@@ -59,13 +59,17 @@ def gen(seed: int = 0) -> torch.Generator:
 @contextlib.contextmanager
 def never_waits():
     """Raise where the body waits for the GPU."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
+    _forbid_waiting("error")
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        _forbid_waiting("default")
+
+
+def _forbid_waiting(mode):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def float_word(fault: Fault) -> bool:

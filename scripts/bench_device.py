@@ -269,8 +269,13 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compute", nargs="+", default=["plain"], metavar="VARIANT",
-                        help="plain, or channels_last, bf16, tf32, fused, graph joined by + (default: plain)")  # fmt: skip
+    parser.add_argument(
+        "--compute",
+        nargs="+",
+        default=["plain"],
+        metavar="VARIANT",
+        help="plain, or some of channels_last, bf16, tf32, fused and graph joined by + (default: plain)",
+    )
     parser.add_argument("--only", nargs="+", choices=[*SEARCHES, *TRAININGS], help="(default: all)")
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="of each kind of step, after warming up (default: 5)"

@@ -65,20 +65,30 @@ class CudaGraph:
 class GraphedStep(Generic[T]):
     """The forwards and backward of a training step under faults, captured after a few calls and replayed from then on.
 
-    What a call returns, and the gradients, lie in memory that the next call writes to.
+    What a call returns, and the gradients, lie in memory that the next call writes to. The injection may be left and
+    entered again between calls; the weights must stay the same tensors.
 
     Args:
         step: From images and labels to the result, in tensors; sets the gradients anew from None.
         injection: The faults that the step meets: soft ones, drawn on the device.
         graph: What captures and replays.
+        parameters: Get the gradients.
 
     Raises:
         ValueError: Faults that a graph cannot draw anew.
     """
 
-    def __init__(self, step: Callable[[Tensor, Tensor], T], injection: Injection, graph: Graph) -> None:
+    def __init__(
+        self,
+        step: Callable[[Tensor, Tensor], T],
+        injection: Injection,
+        graph: Graph,
+        parameters: Sequence[torch.nn.Parameter],
+    ) -> None:
         check_faults(injection)
         self._step, self._injection, self._graph = step, injection, graph
+        self._parameters = list(parameters)
+        self._gradients: list[Tensor | None] = []
         self._calls = 0
         self._images = self._labels = torch.empty(0)
         self._result: T | None = None
@@ -98,6 +108,8 @@ class GraphedStep(Generic[T]):
             self._injection.tally.again(*self._counts)
         self._seed(draw)
         self._graph.replay()
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
         assert self._result is not None
         return self._result
 
@@ -116,6 +128,7 @@ class GraphedStep(Generic[T]):
                     f"the step cannot be captured ({str(error).splitlines()[0]}); set compute.cuda_graph to false"
                 ) from error
         self._counts = before, tally.at_risk()
+        self._gradients = [parameter.grad for parameter in self._parameters]
 
     def _seed(self, draw: int) -> None:
         for drawing in self._injection.drawings:

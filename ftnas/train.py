@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -33,14 +33,12 @@ CHECKPOINT = "checkpoint.pt"
 HISTORY = "epochs.jsonl"
 
 EpochDone = Callable[[dict[str, Any]], None]
+Gradients = Callable[[Tensor, Tensor, int], "Losses"]  # from images, labels and the number of the draw
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of a step: float32 scalars on the device; ``penalties`` by the name of the regularizer.
-
-    ``parts`` are the weighted losses of the forwards, with gradients.
-    """
+    """The losses of a step: float32 scalars; ``penalties`` by regularizer; ``parts``, by forward, have gradients."""
 
     total: Tensor
     clean: Tensor
@@ -164,15 +162,25 @@ def fit(
     device = next(model.parameters()).device
     config.compute.check(hardware.formats(), "train.compute")
     steps = images.num_images // config.batch_size
-    obstacle = f"an epoch has {steps}, of which the first {WARM_UP} never are" if steps <= WARM_UP else None
+    num = steps * config.epochs
+    obstacle = f"there are {num}, of which the first {WARM_UP} never are" if num <= WARM_UP else None
     obstacle = "regularizers draw outside of it" if config.regularizers else obstacle
     config.compute.check_device(device, "train.compute", obstacle=obstacle)
     extras = Regularization(config.regularizers, model) if config.regularizers else None
     loss = FaultTolerantLoss(
         model, alpha_l=config.alpha_l, bn_statistics=config.bn_statistics, compute=config.compute, regularization=extras
     )
-    settings: Any = {"config": config, "hardware": hardware, "seed": seed, "extras": extras}
-    run = partial(_epoch, model, images, loss, optimizer, **settings)
+    injection = hardware.inject(
+        model, seed=seed_for(seed, "train"), errors="soft", mask_gradients=config.mask_gradients, draw_on="device"
+    )
+
+    @cache
+    def begin() -> tuple[Gradients, list[nn.Parameter]]:
+        parameters = list(model.parameters())
+        graph = CudaGraph() if config.compute.cuda_graph else None
+        return gradients_by(model, loss, injection, parameters, graph=graph), parameters
+
+    run = partial(_epoch, model, images, loss, optimizer, injection, begin, config=config, seed=seed, extras=extras)
     with track(title, config.epochs, done=first) as progress:
         for epoch in range(first, config.epochs):
             with isolated(seed, "epoch", epoch):
@@ -211,9 +219,10 @@ def _epoch(
     images: ImageSet,
     loss: FaultTolerantLoss,
     optimizer: torch.optim.Optimizer,
+    injection: Injection,
+    begin: Callable[[], tuple[Gradients, list[nn.Parameter]]],
     *,
     config: TrainConfig,
-    hardware: Hardware,
     seed: int,
     epoch: int,
     extras: Regularization | None,
@@ -225,19 +234,11 @@ def _epoch(
     names = () if extras is None else extras.names
     sums = torch.zeros(3 + len(names), device=device)
     model.train()
-    injection = hardware.inject(
-        model,
-        seed=seed_for(seed, "train"),
-        errors="soft",
-        mask_gradients=config.mask_gradients,
-        draw_on="device",
-    )
+    before = injection.record
     batches = images.batches(config.batch_size, seed=seed, epoch=epoch, augment=config.augment, drop_last=True)
     attached = nullcontext() if extras is None else extras.attached(injection.replaced)
     with injection, attached, config.compute.steps():
-        parameters = list(model.parameters())
-        graph = CudaGraph() if config.compute.cuda_graph else None
-        gradients = gradients_by(model, loss, injection, parameters, graph=graph)
+        gradients, parameters = begin()
         for step, (x, y) in enumerate(batches):
             draw = epoch * num_steps + step
             if extras is not None:
@@ -254,8 +255,8 @@ def _epoch(
         "lr": optimizer.param_groups[0]["lr"],
         "loss": total,
         **loss.named(clean, faulty),
-        "hits": record.hits,
-        "sites": record.sites,
+        "hits": record.hits - before.hits,
+        "sites": record.sites - before.sites,
         **found,
     }
 
@@ -267,8 +268,8 @@ def gradients_by(
     parameters: Sequence[nn.Parameter],
     *,
     graph: Graph | None = None,
-) -> Callable[[Tensor, Tensor, int], Losses]:
-    """Return what makes the gradients of a fixed network, from images, labels and the number of the draw of faults.
+) -> Gradients:
+    """Return what makes the gradients of a fixed network that is inside its injection.
 
     With a graph the steps after the first few are replayed; see `GraphedStep`.
     """
@@ -285,7 +286,7 @@ def gradients_by(
         injection.draw = draw
         return step(images, labels)
 
-    return at_once if graph is None else GraphedStep(step, injection, graph)
+    return at_once if graph is None else GraphedStep(step, injection, graph, parameters)
 
 
 def descend(

@@ -155,7 +155,8 @@ class Bench:
         own = int(IMAGES * stage.split)
         passes = (IMAGES - own) // batch
         updates = (stage.epochs - stage.warmup_epochs) * (stage.controller_steps or passes)
-        derived = stage.derive.samples * stage.derive.draws + stage.derive.finalists * stage.derive.final_draws
+        derive = stage.derive  # a clean forward, and one for each draw, where a candidate of the search has two
+        derived = (derive.samples * (1 + derive.draws) + derive.finalists * (1 + derive.final_draws)) / 2
         yield Job(
             name,
             "shared weights",
@@ -163,7 +164,7 @@ class Bench:
             stage.weights.batch_size,
             stage.epochs * (own // stage.weights.batch_size),
         )
-        yield Job(name, "candidate", candidate, batch, updates * stage.rollouts + derived * passes)
+        yield Job(name, "candidate", candidate, batch, updates * stage.rollouts + round(derived * passes))
 
     def training(self, name: str) -> Iterator[Job]:
         """Give the step of one final training, and a faulty batch of its campaign."""
@@ -248,16 +249,17 @@ def measure(
                 start = time.perf_counter()
                 # a GPU plans each kind of convolution at first sight: all paths are walked twice before
                 warm_up = 2 * PATHS if device.type == "cuda" and run in SEARCHES else WARM_UP + 1
-                seconds = seconds_of(job, device, limit=limit, least=2 * PATHS if narrow else 3, warm_up=warm_up)
+                least = 2 * PATHS if narrow or device.type == "cuda" else 3
+                seconds = seconds_of(job, device, limit=limit, least=least, warm_up=warm_up)
                 whole = time.perf_counter() - start
-                median = statistics.median(seconds)
-                if narrow:  # the host's part is what the quickest of a path's steps takes
-                    median = statistics.mean(min(seconds[number::PATHS]) for number in range(PATHS))
+                # paths differ: the mean over them; the host's part is what the quickest of a path's steps takes
+                typical = min if narrow else statistics.median
+                each = statistics.mean(typical(part) for n in range(PATHS) if (part := seconds[n::PATHS]))
                 images = batch or job.images
                 row = {"run": job.run, "step": job.name, "images": images, "measured_steps": len(seconds),
-                       "ms": 1e3 * median, "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds),
-                       "images_per_s": images / median, "whole_run_steps": job.steps,
-                       "extrapolated_h": median * job.steps / 3600, "wall_s": whole}  # fmt: skip
+                       "ms": 1e3 * each, "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds),
+                       "images_per_s": images / each, "whole_run_steps": job.steps,
+                       "extrapolated_h": each * job.steps / 3600, "wall_s": whole}  # fmt: skip
                 if device.type == "cuda":
                     row["peak_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
                 rows.append(row)

@@ -160,12 +160,12 @@ def fit(
     history = folder.journal(HISTORY)
     first = _restore(folder, model, optimizer, scheduler)
     device = next(model.parameters()).device
-    config.compute.check(hardware.formats(), "train.compute")
+    config.compute.check(hardware.formats(), "train.recipe.compute")
     steps = images.num_images // config.batch_size
     num = steps * config.epochs
     obstacle = f"there are {num}, of which the first {WARM_UP} never are" if num <= WARM_UP else None
     obstacle = "regularizers draw outside of it" if config.regularizers else obstacle
-    config.compute.check_device(device, "train.compute", obstacle=obstacle)
+    config.compute.check_device(device, "train.recipe.compute", obstacle=obstacle)
     extras = Regularization(config.regularizers, model) if config.regularizers else None
     loss = FaultTolerantLoss(
         model, alpha_l=config.alpha_l, bn_statistics=config.bn_statistics, compute=config.compute, regularization=extras

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Literal
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftnas import rounding
@@ -15,6 +16,8 @@ from ftnas.settings import Settings
 
 TF32_BITS = 11
 """Words that TF32 holds exactly."""
+_LANES = 16
+"""Float32 values in the widest vector of a CPU."""
 
 
 class Compute(Settings):
@@ -35,21 +38,30 @@ class Compute(Settings):
     fused_rounding: bool = False
     cuda_graph: bool = False
 
-    def prepare(self, model: nn.Module) -> None:
-        """Put a model's kernels into the memory format; the parameters stay the same objects."""
-        if self.channels_last:
-            model.to(memory_format=torch.channels_last)
+    def prepare(self, model: nn.Module) -> list[nn.Conv2d]:
+        """Put a model's kernels into the memory format; the parameters stay the same objects.
+
+        Returns:
+            The layers that `forward` has to know of.
+        """
+        if not self.channels_last:
+            return []
+        model.to(memory_format=torch.channels_last)
+        return [m for m in model.modules() if isinstance(m, nn.Conv2d) and _overruns(m)]
 
     def images(self, images: Tensor) -> Tensor:
         """Return float images [B, C, H, W] in the memory format."""
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
     @contextmanager
-    def forward(self, device: torch.device) -> Iterator[None]:
-        """Run a forward on a device in the body."""
+    def forward(self, device: torch.device, layers: Sequence[nn.Conv2d] = ()) -> Iterator[None]:
+        """Run a forward on a device in the body, of a model for which `prepare` returned ``layers``."""
         kernels = rounding.fused() if self.fused_rounding else nullcontext()
         with kernels, torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.autocast == "bf16"):
-            yield
+            with ExitStack() as stack:
+                for layer in layers if device.type == "cpu" else ():
+                    stack.callback(layer.register_forward_pre_hook(_cut, with_kwargs=True).remove)
+                yield
 
     @contextmanager
     def steps(self) -> Iterator[None]:
@@ -90,3 +102,21 @@ class Compute(Settings):
             raise ValueError(f"{name}.cuda_graph needs a CUDA device, and this runs on {device}; set it to false")
         if self.autocast == "tf32" and device.type != "cuda":
             raise ValueError(f"{name}.autocast=tf32 needs a CUDA device, and this runs on {device}; set it to null")
+
+
+def _overruns(layer: nn.Conv2d) -> bool:
+    """Tell whether oneDNN may write past its memory in the backward of a layer with the channels innermost.
+
+    For the gradient of a strided 1x1 kernel it copies the map, piece by piece, to where whole vectors of channels would
+    lie, in memory that has room for the channels alone (oneDNN issue 6035). That corrupts the heap, or threads hang.
+    """
+    strided = layer.kernel_size == (1, 1) and layer.stride != (1, 1) and layer.padding in ((0, 0), "valid")
+    return strided and layer.groups == 1 and layer.in_channels < _LANES
+
+
+def _cut(layer: nn.Conv2d, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Leave out a map's last column, or row, that a strided 1x1 kernel steps over: oneDNN does not copy such a map."""
+    given = args[0] if args else kwargs["input"]
+    dim, less = (-1, (0, -1)) if layer.stride[-1] > 1 else (-2, (0, 0, 0, -1))
+    # unlike a slice, padding by -1 gives a gradient that has the channels innermost too
+    return (F.pad(given, less) if given.shape[dim] % layer.stride[dim] == 0 else given,), {}

@@ -65,7 +65,7 @@ class FaultTolerantLoss:
     ) -> None:
         self._alpha, self._compute, self._regularization = alpha_l, compute, regularization
         self._watching = nullcontext if regularization is None else regularization.watching
-        compute.prepare(model)
+        self._layers = compute.prepare(model)
         self._moves = {"clean": bn_statistics != "faulty", "faulty": bn_statistics != "clean"}
         self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
@@ -105,7 +105,7 @@ class FaultTolerantLoss:
         }
 
     def _logits(self, forward: Forward, images: Tensor) -> Tensor:
-        with self._compute.forward(images.device):
+        with self._compute.forward(images.device, self._layers):
             logits = unchanged(forward, images)
         return logits.float()
 

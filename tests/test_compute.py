@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import resource
+import subprocess
+import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -89,6 +92,41 @@ def test_channels_last_gives_the_same_step_within_rounding(fault, bits, toleranc
     other_losses, other = gradients(steps)
     similar = torch.nn.functional.cosine_similarity(gradient, other, dim=0)
     assert torch.allclose(losses, other_losses, rtol=tolerance) and similar > cosine
+
+
+STRIDED = """
+import torch
+from torch import nn
+from ftnas.compute import Compute
+from ftnas.faults import MiBB
+from ftnas.faults.hardware import Hardware
+from ftnas.rng import isolated
+from ftnas.train import FaultTolerantLoss
+labels = torch.arange(4)
+for stride, size in (((2, 2), 64), ((1, 2), 64), ((2, 1), 64), ((2, 2), 63)):
+    results = []
+    for compute in (Compute(), Compute(channels_last=True)):
+        with isolated(0, "net"):
+            first, strided = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 1, stride=stride)
+            net = nn.Sequential(first, strided, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            images = torch.randn(4, 3, size, size)
+        loss = FaultTolerantLoss(net, alpha_l=0.5, compute=compute)
+        with Hardware(fault=MiBB(mac_error_rate=1e-3)).inject(net, seed=0, errors="soft") as injection:
+            for _ in range(5):
+                injection.draw = 0
+                net.zero_grad()
+                loss(net, injection, images, labels).total.backward()
+        assert not strided._forward_pre_hooks
+        results.append([first.weight.grad, strided.weight.grad])
+    assert all(torch.allclose(*pair, rtol=1e-4, atol=1e-6) for pair in zip(*results)), (stride, size)
+"""
+
+
+def test_channels_last_keeps_within_memory_where_a_1x1_kernel_strides_over_few_channels():
+    # in a process of its own: writing past the end of memory would end this one
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", STRIDED], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from faulty import CASES
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -88,6 +91,33 @@ class RecordedGraph(TorchDispatchMode):
                 for old, new, is_fresh in zip(tensors(out), tensors(again), fresh, strict=True):
                     if is_fresh:
                         old.copy_(new)
+
+
+class Borrowed(RecordedGraph):
+    """A graph that holds nothing, as CUDA's: it reads memory from outside for as long as it is replayed."""
+
+    def __init__(self):
+        super().__init__()
+        self._memory = {}
+
+    def capture(self, function, streams):
+        result = super().capture(function, streams)
+        made = set()
+        for operation, args, kwargs, out, fresh in self.operations:
+            for tensor in tensors((args, kwargs)):
+                if memory(tensor) not in made and tensor.numel() > 0:
+                    self._memory[memory(tensor)] = (StorageWeakRef(tensor.untyped_storage()), operation)
+            made |= {memory(tensor) for tensor, is_fresh in zip(tensors(out), fresh, strict=True) if is_fresh}
+        self.operations, self._before, self._own = [], {}, set()
+        return result
+
+    def replay(self):
+        pass
+
+    def check(self):
+        gc.collect()
+        assert self._memory
+        assert not [operation for reference, operation in self._memory.values() if reference.expired()]
 
 
 def net():
@@ -213,6 +243,34 @@ def test_a_training_with_a_graph_is_the_same_training(fault, tmp_path, no_readin
     assert len(made) == 1 and made[0].operations  # for all epochs
     assert history == plain_history
     assert all(torch.equal(value, plain_state[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize(
+    ("case", "compute"),
+    [
+        *[(case, Compute()) for case in SOFT if case not in ("flip fp32", "flip bf16")],  # these make NaN
+        *[(case, Compute(channels_last=True, autocast="bf16")) for case in ("adsaf", "mibb", "log normal")],
+    ],
+)
+def test_what_a_graph_reads_is_there_for_all_epochs(case, compute, tmp_path, no_reading, monkeypatch):
+    graph, epochs = Borrowed(), []
+
+    def epoch_done(record):
+        epochs.append(record)
+        graph.check()
+
+    monkeypatch.setattr(train, "CudaGraph", lambda: graph)
+    monkeypatch.setattr(Compute, "check_device", lambda *args, **options: None)  # there is no CUDA device
+    images = load(DataConfig(name="digits"), "train").subset(torch.arange(100))
+    with isolated(0, "net"):
+        body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+        model = nn.Sequential(body, nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 10))
+    compute = compute.model_copy(update={"cuda_graph": True})
+    config = TrainConfig(epochs=3, batch_size=20, lr=0.05, alpha_l=0.5, compute=compute)
+    with RunDir.create(tmp_path / "run", {}) as run:
+        fit(model, images, config=config, hardware=Hardware(fault=CASES[case]), seed=1, folder=run,
+            epoch_done=epoch_done)  # fmt: skip
+    assert len(epochs) == 3
 
 
 def test_trainings_too_short_for_a_graph_are_refused(tmp_path):

@@ -120,12 +120,12 @@ class Together:
         self._weights: dict[str, nn.Parameter] | None = None
         self._whole: Row | None = None
         self._numbers: dict[str, Tensor] = {}
-        self._of: tuple[tuple[str, ...], Tensor] | None = None
+        self._of: tuple[Any, Tensor] | None = None  # stays when weights are forgotten: a graph may read it
         self.ready: dict[str, Tensor] = {}
 
     def forget(self) -> None:
         """Forget the weights: they may be others when the injection is entered again."""
-        self._weights = self._whole = self._of = None
+        self._weights = self._whole = None
 
     def begin(self, names: Sequence[str], draw: int | None, shared: SharedWeights) -> None:
         """Make ``ready`` what the layers of a forward that begins will read.
@@ -191,8 +191,10 @@ class Together:
             ):
                 found[name] = weight
         if found:
-            numbers = torch.arange(len(self._layers), device=next(iter(found.values())).device)
-            self._numbers = dict(zip(self._layers, numbers.unbind(), strict=True))
+            device = next(iter(found.values())).device
+            if not self._numbers or next(iter(self._numbers.values())).device != device:
+                numbers = torch.arange(len(self._layers), device=device)
+                self._numbers = dict(zip(self._layers, numbers.unbind(), strict=True))
         return found
 
     def _round(self, row: Row, form: FixedPoint) -> Rounded:
@@ -228,8 +230,9 @@ class Together:
 
     def _numbers_of(self, row: Row) -> Tensor:
         """Return the number of the layer of each value, int64 [N]: its place among the model's layers."""
-        if self._of is None or self._of[0] != row.names:
-            self._of = row.names, row.spread(torch.stack([self._numbers[name] for name in row.names]))
+        key = row.names, row.sizes, row.weights[0].device
+        if self._of is None or self._of[0] != key:
+            self._of = key, row.spread(torch.stack([self._numbers[name] for name in row.names]))
         return self._of[1]
 
 

@@ -61,16 +61,14 @@ def at_once(x: Tensor, lsb: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
     grid would overflow its integers, so the step must be that of the tensor; a NaN step gives NaN everywhere.
     """
     zero, enabled = _fake_quantization(x.device)
-    found: tuple[Tensor, Tensor] = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
-        x, lsb, zero, enabled, limits.lo, limits.hi
-    )
-    return found
+    return torch._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(x, lsb, zero, enabled, limits.lo, limits.hi)
 
 
 @cache
 def _fake_quantization(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return zero point and switch of PyTorch's fake quantization on a device."""
-    return torch.zeros(1, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int64, device=device)
+    with torch.inference_mode(False):
+        return torch.zeros(1, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int64, device=device)
 
 
 @contextmanager
@@ -136,7 +134,8 @@ def _limits(limits: Limits, device: torch.device) -> Tensor:
     As numbers each would be compiled anew, and torch 2.11 compiles no numbers where function modes are off.
     """
     scale = below_one(torch.float32) * 2.0 ** (1 - limits.bits)
-    return torch.tensor([limits.lo, limits.hi, scale, SMALLEST_RANGE], device=device)
+    with torch.inference_mode(False):
+        return torch.tensor([limits.lo, limits.hi, scale, SMALLEST_RANGE], device=device)
 
 
 def _round_flat(

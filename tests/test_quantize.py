@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ftnas import rounding
+from ftnas import devices, quantize, rounding
 from ftnas.quantize import Bounded, FixedPoint, Frozen, Quantization
 
 ENCODINGS = ["twos_complement", "sign_magnitude"]
@@ -329,6 +329,35 @@ def test_rounding_at_once_is_rounding_in_passes(monkeypatch):
             if name != "nan":
                 assert torch.equal(torch.ones_like(x).bool() if inside is None else inside, inside_once), name
             assert torch.equal(grid.lsb.nan_to_num(7.0), grid_once.lsb.nan_to_num(7.0)), name
+
+
+@pytest.mark.parametrize("bits", [2, 8, 16, 24])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_rounding_with_its_own_gradient_is_rounding(bits, encoding, monkeypatch):
+    form = FixedPoint(bits=bits, encoding=encoding)
+    monkeypatch.setattr(devices, "is_readable", lambda _device: False)
+    for make in (rounding._fake_quantization, quantize._scale_on):
+        make.cache_clear()
+    with torch.inference_mode():  # what is made here serves forwards with gradients too
+        form.at_once(torch.ones(3))
+    for name, x in LAYOUTS.items():
+        found, gradient = [], torch.randn(x.shape)
+        for function in (form.at_once, form.quantize):
+            leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+            values = function(leaf)
+            if values is None:
+                assert name == "none"
+                break
+            values.backward(gradient)
+            found.append((values.detach().nan_to_num(7.0), leaf.grad))
+        if found:
+            assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1]), name
+    assert form.at_once(torch.ones(3, dtype=torch.float64)) is None
+    assert FixedPoint(range=Bounded(bound=1.0)).at_once(torch.ones(3)) is None
+    with rounding.fused():
+        assert form.at_once(torch.ones(3)) is None
+    monkeypatch.undo()
+    assert form.at_once(torch.ones(3)) is None  # here values can be read
 
 
 def test_all_formats_and_shapes_share_the_kernels_of_fused_rounding(monkeypatch):

@@ -55,11 +55,7 @@ _FREE = {
 }
 
 
-_META = torch.library.Library("aten", "IMPL", "Meta")
-_META.impl(  # PyTorch has none of its own
-    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
-    lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)),
-)
+_AT_ONCE = "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams"
 
 
 class _Stream(torch.Generator):
@@ -84,11 +80,14 @@ def device_without_values() -> Iterator[torch.device]:
         return contextlib.nullcontext() if device == META.type else real(device, **options)
 
     with (
+        torch.library._scoped_library("aten", "IMPL") as library,
         mock.patch.object(drawing, "generator", _generator),
         mock.patch.object(place, "check", lambda *_: None),  # meta models are refused: they would hit nothing
         mock.patch.object(Tally, "check", lambda _: None),  # reads the hits back
         mock.patch.object(torch, "autocast", autocast),
     ):
+        # PyTorch has none of its own
+        library.impl(_AT_ONCE, lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)), "Meta")
         yield META
 
 

@@ -1,13 +1,15 @@
-"""The clean and the faulty part of a step side by side, on two streams of a GPU: forwards, losses and backward passes.
+"""The clean and the faulty part of a step on a GPU, side by side where neither reads what the other computes.
 
-Most kernels of a small network do not fill a GPU. Within a CUDA graph the two parts, neither of which reads what the
-other computes, become branches that run at once.
+Most kernels of a small network do not fill a GPU: within a CUDA graph the two parts become branches, on two streams,
+that run at once. Without a graph the GPU waits for the host: the backward pass of the clean part, which PyTorch issues
+from C++, is issued while Python issues the faulty forward.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,16 +29,69 @@ class InTurn:
         """Compute the first part in the body, from images to its loss."""
         return nullcontext()
 
+    def issued(self, loss: Tensor) -> None:
+        """Take note of the loss of the first part, to which only that of the second will be added, if there is one."""
+
     def second(self) -> AbstractContextManager[None]:
         """Compute the second part in the body; both are there after it."""
         return nullcontext()
 
     def backward(self, total: Tensor, parts: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
-        """Set the gradients, None before, of a loss that is the sum of the losses of the parts."""
+        """Set the gradients, None before the first part, of a loss that is the sum of the losses of the parts."""
         total.backward()
 
 
 IN_TURN = InTurn()
+
+
+class Overlapped(InTurn):
+    """The first part's backward pass is issued by a second thread while this one issues the second part's forward.
+
+    All is asked of one stream, and gradients of the second part are added to those of the first.
+
+    Args:
+        device: Of the parts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="backward")
+        self._running: Future[None] | None = None
+
+    def issued(self, loss: Tensor) -> None:
+        """Begin the backward pass of the first part."""
+        stream = torch.cuda.current_stream(self._device) if _has_streams(self._device) else None
+
+        def backward() -> None:
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                loss.backward(retain_graph=True)  # the second part may go through the same nodes
+
+        self._running = self._thread.submit(backward)
+
+    @contextlib.contextmanager
+    def second(self) -> Iterator[None]:
+        """Compute the second part in the body; where that fails, nothing runs on behind it."""
+        try:
+            yield
+        except BaseException:
+            self._finish()
+            raise
+
+    def backward(self, total: Tensor, parts: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
+        """Set the gradients: what the second part adds comes after what the first left."""
+        if not self._finish():
+            total.backward()
+            return
+        for part in parts[1:]:
+            part.backward()
+
+    def _finish(self) -> bool:
+        """Wait for the thread; tell whether it had something to do."""
+        running, self._running = self._running, None
+        if running is None:
+            return False
+        running.result()
+        return True
 
 
 class Branches(InTurn):
@@ -106,15 +161,20 @@ class Branches(InTurn):
 
 
 def parts_of_a_step(model: nn.Module, *, graphed: bool) -> InTurn:
-    """Return how the parts of a step of a model inside an injection run: side by side in a graph, on a GPU.
+    """Return how the parts of a step of a model inside an injection run: on a GPU side by side.
 
-    In turn where a forward may write more than the statistics of BatchNorms: other buffers, or counts of NaN.
+    In a graph in turn where a forward may write more than the statistics of BatchNorms: other buffers, or counts of
+    NaN.
     """
+    device = next(model.parameters()).device
+    if not _has_streams(device):
+        return InTurn()
+    if not graphed:
+        return Overlapped(device)
     modules = list(model.modules())
     buffers = any(module._buffers and not isinstance(module, _BatchNorm) for module in modules)
     counts_nan = any(bound_of(module, FEATURE) is not None for module in modules)
-    apart = graphed and _has_streams(next(model.parameters()).device) and not buffers and not counts_nan
-    return Branches(model) if apart else InTurn()
+    return InTurn() if buffers or counts_nan else Branches(model)
 
 
 def _has_streams(device: torch.device) -> bool:

@@ -10,6 +10,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from ftnas.branches import parts_of_a_step
 from ftnas.candidates import Candidates, Terms, num_scored, scored
 from ftnas.controllers import Controller, ControllerChoice, RandomConfig, ReinforceConfig, create_controller
 from ftnas.data import ImageSet
@@ -26,7 +27,7 @@ from ftnas.rng import generator, isolated, seed_for
 from ftnas.rundir import Folder
 from ftnas.settings import Count, Rate
 from ftnas.space import Genotype, Space, Supernet, load_space
-from ftnas.train import CHECKPOINT, FaultTolerantLoss, check_alpha, descend, finite_means
+from ftnas.train import CHECKPOINT, FaultTolerantLoss, check_alpha, finite_means, move
 from ftnas.workers import open_pool
 
 if TYPE_CHECKING:
@@ -252,13 +253,16 @@ class Search:
         )
         with injection, config.compute.steps():
             parameters = list(self.supernet.parameters())
+            sides = parts_of_a_step(self.supernet, graphed=False)
             for index, ((x, y), genotype) in enumerate(zip(batches, genotypes, strict=True)):
                 # numbers what is trained on, in the order of the images, whichever rank does it
                 number = (epoch * self._num_steps + index) * ranks.size + ranks.rank
                 injection.draw = number
-                losses = self._loss(self._forward(genotype, number), injection, x, y)
-                descend(losses.total, parameters, self._optimizer, config.grad_clip, ranks=ranks)
-                sums += torch.stack([losses.total.detach(), losses.clean, losses.faulty])
+                forward = self._forward(genotype, number)
+                losses = self._loss.gradients(forward, injection, x, y, parameters, sides)
+                ranks.average_gradients(parameters)
+                move(parameters, self._optimizer, config.grad_clip)
+                sums += torch.stack([losses.total, losses.clean, losses.faulty])
         means = finite_means(ranks.total(sums), self._num_steps * ranks.size, where=f"search epoch {epoch}")
         ranks.check_equal(list(self.supernet.parameters()), where=f"search epoch {epoch}")
         hits = ranks.total(torch.tensor(injection.record.hits, device=images.device)).item()

@@ -23,7 +23,6 @@ from ftnas.faults.hardware import Hardware
 from ftnas.graphs import WARM_UP, CudaGraph, Graph, GraphedStep
 from ftnas.models import check_state
 from ftnas.progress import track
-from ftnas.ranks import Ranks
 from ftnas.recipe import TrainConfig
 from ftnas.regularizers import Regularization
 from ftnas.rng import generator, isolated, seed_for
@@ -87,6 +86,8 @@ class FaultTolerantLoss:
                             logits = self._logits(forward, images)
                         clean = F.cross_entropy(logits, labels)
                         parts.append((1.0 - self._alpha) * clean)
+                        if self._regularization is None:
+                            sides.issued(parts[0])
                 if self._regularization is not None:
                     penalties = self._regularization.penalties(logits)
             if self._alpha > 0.0:
@@ -96,6 +97,22 @@ class FaultTolerantLoss:
         total = sum(penalties.values(), parts[0] + parts[-1] if len(parts) > 1 else parts[0])
         seen = {name: value.detach() for name, value in penalties.items()}
         return Losses(total, clean.detach(), faulty.detach(), seen, tuple(parts))
+
+    def gradients(
+        self,
+        forward: Forward,
+        injection: Injection,
+        images: Tensor,
+        labels: Tensor,
+        parameters: Sequence[nn.Parameter],
+        sides: InTurn = IN_TURN,
+    ) -> Losses:
+        """Set the gradients of a batch anew, None where it gives none, and return its losses without theirs."""
+        for parameter in parameters:
+            parameter.grad = None
+        losses = self(forward, injection, images, labels, sides)
+        sides.backward(losses.total, losses.parts, parameters)
+        return replace(losses, total=losses.total.detach(), parts=())
 
     def named(self, clean: float, faulty: float) -> dict[str, float | None]:
         """Return the mean losses of an epoch for its record; None for the one that is left out."""
@@ -276,11 +293,7 @@ def gradients_by(
     sides = parts_of_a_step(model, graphed=graph is not None)
 
     def step(images: Tensor, labels: Tensor) -> Losses:
-        for parameter in parameters:
-            parameter.grad = None
-        losses = loss(model, injection, images, labels, sides)
-        sides.backward(losses.total, losses.parts, parameters)
-        return replace(losses, total=losses.total.detach(), parts=())
+        return loss.gradients(model, injection, images, labels, parameters, sides)
 
     def at_once(images: Tensor, labels: Tensor, draw: int) -> Losses:
         injection.draw = draw
@@ -289,26 +302,8 @@ def gradients_by(
     return at_once if graph is None else GraphedStep(step, injection, graph, parameters)
 
 
-def descend(
-    loss: Tensor,
-    parameters: Sequence[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    grad_clip: float | None,
-    ranks: Ranks | None = None,
-) -> None:
-    """Take one optimizer step down a loss, averaged over ranks; parameters that it does not reach stay untouched.
-
-    ``parameters`` are the model's, listed once: to go through the modules of a supernet takes a while.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if ranks is not None:
-        ranks.average_gradients(parameters)
-    move(parameters, optimizer, grad_clip)
-
-
 def move(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, grad_clip: float | None) -> None:
-    """Take one optimizer step along gradients that are there."""
+    """Take one optimizer step along gradients that are there; parameters without one stay untouched."""
     if grad_clip is not None:
         nn.utils.clip_grad_norm_(parameters, grad_clip)
     optimizer.step()

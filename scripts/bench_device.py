@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from ftnas import devices
+from ftnas.branches import parts_of_a_step
 from ftnas.compute import Compute
 from ftnas.config import RunConfig, read_config
 from ftnas.evaluate import score
@@ -40,7 +41,7 @@ from ftnas.models import build
 from ftnas.recipe import SgdConfig
 from ftnas.rng import generator, isolated
 from ftnas.space import Genotype, Supernet, load_space
-from ftnas.train import FaultTolerantLoss, descend, gradients_by, move
+from ftnas.train import FaultTolerantLoss, gradients_by, move
 
 IMAGES, CLASSES = 50_000, 10
 PATHS = 6
@@ -100,11 +101,13 @@ class Bench:
         injection = self._stack.enter_context(hardware.inject(model, seed=0, errors="soft", draw_on="device"))
         loss = FaultTolerantLoss(model, alpha_l=recipe.alpha_l, compute=self._compute)
         optimizer, parameters = recipe.optimizer(model), list(model.parameters())
+        sides = parts_of_a_step(model, graphed=False)
         images, labels = self._batch(recipe.batch_size)
 
         def step(forward: Any) -> None:
             with self._compute.steps():
-                descend(loss(forward, injection, images, labels).total, parameters, optimizer, recipe.grad_clip)
+                loss.gradients(forward, injection, images, labels, parameters, sides)
+                move(parameters, optimizer, recipe.grad_clip)
 
         return step
 

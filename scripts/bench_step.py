@@ -41,7 +41,7 @@ from ftnas.recipe import SgdConfig
 from ftnas.rng import generator, isolated
 from ftnas.space import Genotype, Supernet, build_network, load_space
 from ftnas.space.supernet import copy_path
-from ftnas.train import FaultTolerantLoss, descend
+from ftnas.train import FaultTolerantLoss, move
 
 Step = Callable[[Genotype], None]
 SGD = SgdConfig(batch_size=1, lr=0.01, weight_decay=1e-4)
@@ -99,8 +99,7 @@ class Bed:
         optimizer, parameters = SGD.optimizer(supernet), list(supernet.parameters())
 
         def step(genotype: Genotype) -> None:
-            loss = F.cross_entropy(supernet(self.images, genotype), self.labels)
-            descend(loss, parameters, optimizer, SGD.grad_clip)
+            _descend(F.cross_entropy(supernet(self.images, genotype), self.labels), parameters, optimizer)
 
         return step
 
@@ -109,8 +108,8 @@ class Bed:
         parameters = list(supernet.parameters())
 
         def step(genotype: Genotype) -> None:
-            losses = loss(partial(supernet, genotype=genotype), hardware, self.images, self.labels)
-            descend(losses.total, parameters, optimizer, SGD.grad_clip)
+            loss.gradients(partial(supernet, genotype=genotype), hardware, self.images, self.labels, parameters)
+            move(parameters, optimizer, SGD.grad_clip)
 
         return step
 
@@ -132,9 +131,15 @@ class Bed:
         optimizer, parameters = SGD.optimizer(network), list(network.parameters())
 
         def step(genotype: Genotype) -> None:
-            descend(F.cross_entropy(network(self.images), self.labels), parameters, optimizer, SGD.grad_clip)
+            _descend(F.cross_entropy(network(self.images), self.labels), parameters, optimizer)
 
         return step
+
+
+def _descend(loss: torch.Tensor, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    move(parameters, optimizer, SGD.grad_clip)
 
 
 def measure(bed: Bed, rounds: int, repeats: int) -> dict[str, list[float]]:

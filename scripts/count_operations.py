@@ -168,9 +168,10 @@ def step_of(run: str, stack: contextlib.ExitStack, device: torch.device) -> Call
     images = torch.zeros(IMAGES, 3, PIXELS, PIXELS, device=device)
     labels = torch.zeros(IMAGES, dtype=torch.int64, device=device)
 
+    parameters = list(model.parameters())
+
     def step() -> None:
-        model.zero_grad(set_to_none=True)
-        loss(forward, injection, images, labels).total.backward()
+        loss.gradients(forward, injection, images, labels, parameters)
 
     return step
 

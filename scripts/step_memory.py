@@ -28,7 +28,7 @@ from ftnas.heap import keep_memory
 from ftnas.recipe import SgdConfig
 from ftnas.rng import generator, isolated
 from ftnas.space import Genotype, Supernet, build_network, load_space
-from ftnas.train import FaultTolerantLoss, descend
+from ftnas.train import FaultTolerantLoss, move
 
 HARDWARE = Hardware(fault=AdSAF(cells="differential", stuck_at="max"))
 MB = 2**20
@@ -70,7 +70,8 @@ def steps(kind: str, space: str, *, cells: int, channels: int, batch: int, size:
         genotype = genotypes[number % len(genotypes)]
         forward = partial(supernet, genotype=genotype) if kind == "search" else network
         injection.draw = number
-        descend(loss(forward, injection, images, labels).total, parameters, optimizer, 5.0)
+        loss.gradients(forward, injection, images, labels, parameters)
+        move(parameters, optimizer, 5.0)
 
     if kind == "search":  # momentum of all weights, as after some epochs
         for parameter in parameters:

@@ -1,9 +1,11 @@
-"""Clean and faulty forward side by side: what waits for what, on streams that only take notes."""
+"""Clean and faulty part side by side: what waits for what, on streams that only take notes, and on two threads."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
+import time
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from faulty import CASES, gen
 from torch import nn
 
 from ftnas import bound, branches, devices
-from ftnas.branches import InTurn, parts_of_a_step
+from ftnas.branches import InTurn, Overlapped, parts_of_a_step
 from ftnas.faults.bounds import FeatureBound
 from ftnas.faults.hardware import Hardware
+from ftnas.regularizers import CrashVariance, Regularization
 from ftnas.rng import isolated
 from ftnas.train import FaultTolerantLoss
 
@@ -137,4 +140,97 @@ def test_forwards_that_write_what_others_write_run_in_turn(change, notes):
 
 
 def test_a_cpu_has_no_streams():
-    assert type(parts_of_a_step(net(), graphed=True)) is InTurn
+    assert type(parts_of_a_step(net(), graphed=True)) is type(parts_of_a_step(net(), graphed=False)) is InTurn
+
+
+def overlapped_step(model, sides, *, alpha_l=0.3, fault="adsaf", regularization=None, steps=3):
+    """Return losses, gradients and state after some steps."""
+    images, labels = torch.randn(4, 3, 9, 9, generator=gen(1)), torch.arange(4)
+    parameters, losses = list(model.parameters()), []
+    loss = FaultTolerantLoss(model, alpha_l=alpha_l, regularization=regularization)
+    with Hardware(fault=CASES[fault]).inject(model.train(), seed=0, errors="soft", draw_on="device") as injection:
+        for _ in range(steps):
+            losses.append(loss.gradients(model, injection, images, labels, parameters, sides).total)
+    return losses, [p.grad for p in parameters], model.state_dict()
+
+
+@pytest.mark.parametrize("reading", ["together", "one by one"])
+@pytest.mark.parametrize("fault", ["adsaf", "mibb", "log normal"])
+@pytest.mark.parametrize("alpha_l", [0.0, 0.3, 1.0])
+def test_an_overlapped_backward_pass_leaves_what_one_for_both_leaves(fault, alpha_l, reading, request):
+    if reading == "together":
+        request.getfixturevalue("waiting")
+    found = overlapped_step(net(), Overlapped(torch.device("cpu")), alpha_l=alpha_l, fault=fault)
+    torch.testing.assert_close(found, overlapped_step(net(), InTurn(), alpha_l=alpha_l, fault=fault), rtol=0, atol=0)
+
+
+def test_penalties_take_one_backward_pass_for_all():
+    def penalised(sides):
+        model = net()
+        extras = Regularization([CrashVariance(layers=("relu",), rate=0.1)], model)
+        extras.step(gen(2))
+        with extras.attached():
+            return overlapped_step(model, sides, regularization=extras, steps=1)
+
+    found = penalised(Overlapped(torch.device("cpu")))
+    torch.testing.assert_close(found, penalised(InTurn()), rtol=0, atol=0)
+    assert not torch.equal(found[1][0], overlapped_step(net(), InTurn(), steps=1)[1][0])
+
+
+class Second(nn.Module):
+    """Passes a batch on, after calling a function if the forward is the second of a step."""
+
+    def __init__(self, act):
+        super().__init__()
+        self._act, self._calls = act, 0
+
+    def forward(self, x):
+        self._calls += torch.is_grad_enabled()  # not where feature points are looked for
+        if self._calls == 2:
+            self._act()
+        return x
+
+
+def test_the_first_backward_pass_runs_while_the_second_forward_does():
+    begun, seen = threading.Event(), []
+    model = nn.Sequential(Second(lambda: seen.append(begun.wait(20))), net())
+    model[1][-1].register_full_backward_hook(lambda *_: begun.set())
+    overlapped_step(model, Overlapped(torch.device("cpu")), steps=1)
+    assert seen == [True]
+
+
+def test_a_forward_that_fails_leaves_no_backward_pass_behind():
+    ended = []
+
+    def fail():
+        raise KeyError("second")
+
+    def slow(*_):
+        time.sleep(0.2)
+        ended.append(True)
+
+    model = nn.Sequential(net(), Second(fail))
+    model[0][-1].register_full_backward_hook(slow)
+    with pytest.raises(KeyError, match="second"):
+        overlapped_step(model, Overlapped(torch.device("cpu")), steps=1)
+    assert ended
+
+
+def test_a_backward_pass_that_fails_is_told():
+    def fail(*_):
+        raise KeyError("backward")
+
+    model = net()
+    model[-1].register_full_backward_hook(fail)
+    with pytest.raises(KeyError, match="backward"):
+        overlapped_step(model, Overlapped(torch.device("cpu")), steps=1)
+
+
+def test_a_gpu_overlaps_steps_without_a_graph_on_the_stream_of_the_step(notes):
+    model, streams = net(), set()
+    model[-1].register_full_backward_hook(lambda *_: streams.add(torch.cuda.current_stream().name))
+    sides = parts_of_a_step(model, graphed=False)
+    assert type(sides) is Overlapped
+    with torch.cuda.stream(Stream("own", notes)):
+        overlapped_step(model, sides, steps=1)
+    assert streams == {"own"}

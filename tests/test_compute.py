@@ -17,6 +17,7 @@ from faulty import never_waits
 from injected import gen
 
 from ftnas import rounding
+from ftnas.branches import parts_of_a_step
 from ftnas.compute import Compute
 from ftnas.faults import AdSAF, MiBB, WeightBitFlip
 from ftnas.faults.hardware import Hardware
@@ -25,7 +26,7 @@ from ftnas.quantize import FixedPoint, Quantization
 from ftnas.recipe import SgdConfig
 from ftnas.rng import isolated
 from ftnas.space import Genotype, Supernet, load_space
-from ftnas.train import FaultTolerantLoss, descend
+from ftnas.train import FaultTolerantLoss, move
 
 SPACE = load_space("small-8x8").resized(channels=4, cells=3)
 PLAIN = Compute()
@@ -50,8 +51,10 @@ class Steps:
 
     def __call__(self, number):
         genotype = self.genotypes[number % len(self.genotypes)]
-        losses = self.loss(partial(self.supernet, genotype=genotype), self.injection, self.images, self.labels)
-        descend(losses.total, list(self.supernet.parameters()), self.optimizer, SGD.grad_clip)
+        forward, parameters = partial(self.supernet, genotype=genotype), list(self.supernet.parameters())
+        sides = parts_of_a_step(self.supernet, graphed=False)
+        losses = self.loss.gradients(forward, self.injection, self.images, self.labels, parameters, sides)
+        move(parameters, self.optimizer, SGD.grad_clip)
         return losses
 
 

@@ -213,15 +213,16 @@ def test_graphs_are_refused_where_there_can_be_none():
     Compute().check_device(torch.device("cpu"), "train.compute", obstacle=None)
 
 
-def fitted(folder, graph, fault):
+def fitted(folder, graph, fault, device="cpu", dropout=0.2, **compute):
     def forget(_record):  # what a user may do between epochs
         model.zero_grad(set_to_none=True)
 
-    images = load(DataConfig(name="digits"), "train").subset(torch.arange(160))
+    images = load(DataConfig(name="digits"), "train").subset(torch.arange(160)).to(torch.device(device))
     with isolated(0, "net"):
-        head = nn.Dropout(0.2), nn.Flatten(), nn.Linear(144, 10)
-        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *head)
-    config = TrainConfig(epochs=3, batch_size=20, lr=0.05, alpha_l=0.5, compute=Compute(cuda_graph=graph))
+        head = nn.Dropout(dropout), nn.Flatten(), nn.Linear(144, 10)
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *head).to(device)
+    compute = Compute(cuda_graph=graph, **compute)
+    config = TrainConfig(epochs=3, batch_size=20, lr=0.05, alpha_l=0.5, compute=compute)
     hardware = Hardware(fault=CASES[fault])
     with RunDir.create(folder, {}) as run:
         history = fit(model, images, config=config, hardware=hardware, seed=1, folder=run, epoch_done=forget)
@@ -291,6 +292,19 @@ def test_a_cuda_graph_gives_the_same_steps(case, compute, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     graphed = trained(CASES[case], CudaGraph(), "cuda", compute)
     same(graphed, trained(CASES[case], None, "cuda", compute))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("compute", [{}, {"channels_last": True, "autocast": "bf16", "fused_rounding": True}])
+@pytest.mark.parametrize("fault", ["mibb", "adsaf"])
+def test_a_cuda_graph_serves_all_epochs(fault, compute, dropout, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    history, state = fitted(tmp_path / "graph", True, fault, "cuda", dropout, **compute)
+    plain_history, plain_state = fitted(tmp_path / "plain", False, fault, "cuda", dropout, **compute)
+    assert history == plain_history
+    assert all(torch.equal(value, plain_state[name]) for name, value in state.items())
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -95,7 +96,7 @@ def is_fused(x: Tensor) -> bool:
 def by_kernels(
     x: Tensor, given: Tensor | None, limits: Limits, *, need_inside: bool, narrow: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return values, mask of unclamped ones if needed, and step, in as few kernels as torch.compile makes of it.
+    """Return values, mask of unclamped ones if needed, and step, by a kernel for the range and one for all else.
 
     Args:
         x: float32 or bfloat16, any shape, more than one value.
@@ -109,7 +110,11 @@ def by_kernels(
     # one shape for all kernels, whatever the memory format
     flat = _same_memory(x, (x.numel(),), (1,))
     narrow = narrow and x.dtype == torch.bfloat16  # each value of a switch is compiled anew
-    values, inside, lsb = _compiled()(flat, given, _limits(limits, x.device), need_inside, narrow)
+    # Outside of what is compiled: for a reduction within it, the size that is met first decides on the kernel for all,
+    # and one found for few values takes a single block of a GPU for millions.
+    known = torch.linalg.vector_norm(flat, math.inf) if given is None else given
+    limits_there = _limits(limits, x.device)
+    values, inside, lsb = _compiled()(flat, known, limits_there, given is not None, need_inside, narrow)
     shaped = None if inside is None else _same_memory(inside, x.size(), x.stride())
     return _same_memory(values, x.size(), x.stride()), shaped, lsb
 
@@ -139,11 +144,11 @@ def _limits(limits: Limits, device: torch.device) -> Tensor:
 
 
 def _round_flat(
-    x: Tensor, given: Tensor | None, limits: Tensor, need_inside: bool, narrow: bool
+    x: Tensor, known: Tensor, limits: Tensor, is_step: bool, need_inside: bool, narrow: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return values, mask of unclamped ones if needed, and step of a float tensor [N], N > 1."""
+    """Return values, mask of unclamped ones if needed, and step of a float tensor [N] with this step, or magnitude."""
     wide = x.float()
-    lsb = power_step(wide.abs().amax(), limits[2], limits[3]) if given is None else given
+    lsb = known if is_step else power_step(known.float(), limits[2], limits[3])
     integers = torch.round(wide * lsb.reciprocal())
     clamped = torch.minimum(torch.maximum(integers, limits[0]), limits[1])
     values = clamped * lsb

@@ -376,3 +376,21 @@ def test_all_formats_and_shapes_share_the_kernels_of_fused_rounding(monkeypatch)
                 for need in (True, False):
                     form.round(x, need_inside=need)
     assert len(compiled) == 4  # with and without mask, range found or given
+
+
+def test_nothing_that_fused_rounding_compiles_depends_on_the_size_that_is_met_first(monkeypatch):
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(str(getattr(node.target, "__name__", node.target)) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    kernels = torch.compile(rounding._round_flat, dynamic=True, backend=backend)
+    monkeypatch.setattr(rounding, "_compiled", lambda: kernels)
+    with rounding.fused():
+        for form in FORMS:
+            form.round(LAYOUTS["channels last"], need_inside=True)
+    assert "round" in targets
+    reductions = ("amax", "amin", "max", "min", "aminmax", "sum", "any", "all", "norm", "vector_norm")
+    assert not [target for target in targets if target.removeprefix("linalg_") in reductions], targets

@@ -96,7 +96,7 @@ def is_fused(x: Tensor) -> bool:
 def by_kernels(
     x: Tensor, given: Tensor | None, limits: Limits, *, need_inside: bool, narrow: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return values, mask of unclamped ones if needed, and step, by a kernel for the range and one for all else.
+    """Return values, mask of unclamped ones if needed, and step, by kernels for the range, the step and the values.
 
     Args:
         x: float32 or bfloat16, any shape, more than one value.
@@ -110,11 +110,13 @@ def by_kernels(
     # one shape for all kernels, whatever the memory format
     flat = _same_memory(x, (x.numel(),), (1,))
     narrow = narrow and x.dtype == torch.bfloat16  # each value of a switch is compiled anew
-    # Outside of what is compiled: for a reduction within it, the size that is met first decides on the kernel for all,
-    # and one found for few values takes a single block of a GPU for millions.
-    known = torch.linalg.vector_norm(flat, math.inf) if given is None else given
-    limits_there = _limits(limits, x.device)
-    values, inside, lsb = _compiled()(flat, known, limits_there, given is not None, need_inside, narrow)
+    constants, lsb = _limits(limits, x.device), given
+    if lsb is None:
+        # Outside of what is compiled: for a reduction within it, the size that is met first decides on the kernel for
+        # all, and one found for few values takes a single block of a GPU for millions.
+        largest = torch.linalg.vector_norm(flat, math.inf)
+        lsb = _compiled(_step)(largest, constants)
+    values, inside = _compiled(_round_flat)(flat, lsb, constants, need_inside, narrow)
     shaped = None if inside is None else _same_memory(inside, x.size(), x.stride())
     return _same_memory(values, x.size(), x.stride()), shaped, lsb
 
@@ -128,8 +130,8 @@ def _same_memory(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tenso
 
 
 @cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(_round_flat, dynamic=True)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
 
 
 @cache
@@ -143,16 +145,20 @@ def _limits(limits: Limits, device: torch.device) -> Tensor:
         return torch.tensor([limits.lo, limits.hi, scale, SMALLEST_RANGE], device=device)
 
 
+def _step(largest: Tensor, limits: Tensor) -> Tensor:
+    """Return the step for a largest magnitude; a kernel of its own, where one for all values would find it for each."""
+    return power_step(largest.float(), limits[2], limits[3])
+
+
 def _round_flat(
-    x: Tensor, known: Tensor, limits: Tensor, is_step: bool, need_inside: bool, narrow: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return values, mask of unclamped ones if needed, and step of a float tensor [N] with this step, or magnitude."""
+    x: Tensor, lsb: Tensor, limits: Tensor, need_inside: bool, narrow: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return values, and mask of unclamped ones if needed, of a float tensor [N]."""
     wide = x.float()
-    lsb = known if is_step else power_step(known.float(), limits[2], limits[3])
     integers = torch.round(wide * lsb.reciprocal())
     clamped = torch.minimum(torch.maximum(integers, limits[0]), limits[1])
     values = clamped * lsb
-    return values.to(x.dtype) if narrow else values, clamped == integers if need_inside else None, lsb
+    return values.to(x.dtype) if narrow else values, clamped == integers if need_inside else None
 
 
 def power_step(largest: Tensor, scale: Tensor | float, smallest: Tensor | float = SMALLEST_RANGE) -> Tensor:

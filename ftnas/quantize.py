@@ -302,6 +302,14 @@ def straight_through(x: Tensor, transform: Any) -> Tensor:
     return _StraightThrough.apply(x, transform)
 
 
+def let_pass(gradient: Tensor, inside: Tensor) -> Tensor:
+    """Return a gradient where a bool mask of its shape lets it pass, and zeros elsewhere."""
+    if devices.is_readable(gradient.device):
+        return torch.where(inside, gradient, 0.0)
+    # a product, by a kernel that moves whole vectors: for where, a GPU looks up its one zero value by value
+    return torch.ops.aten.native_dropout_backward(gradient, inside, 1.0)
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, transform: Any) -> Tensor:
@@ -320,7 +328,7 @@ class _StraightThrough(torch.autograd.Function):
         gradient = gradients[0]
         inside, blocked = ctx.saved_tensors
         if inside is not None:
-            gradient = torch.where(inside, gradient, 0.0)
+            gradient = let_pass(gradient, inside)
         if blocked is not None:
             gradient = torch.where(blocked, 0.0, gradient)
         # a part of a concatenation's gradient is no dense tensor, and the kernels for such ones are slower

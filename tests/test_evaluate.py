@@ -16,6 +16,7 @@ def net_and_batches():
     model = nn.Linear(6, 3)
     with torch.no_grad():
         model.weight.copy_(torch.randn(3, 6, generator=generator))
+        model.bias.zero_()
     batches = [
         (torch.randn(20, 6, generator=generator), torch.randint(0, 3, (20,), generator=generator)) for _ in range(2)
     ]

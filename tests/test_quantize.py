@@ -315,6 +315,17 @@ def test_fused_rounding_of_bfloat16_leaves_it_as_such_where_it_holds_every_word(
         assert found.inside.all() == (expected.inside is None or expected.inside.all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_pass_alike_where_a_device_is_not_waited_for(dtype, monkeypatch):
+    gradient = torch.randn(2, 3, 4, 5).to(dtype).contiguous(memory_format=torch.channels_last)
+    inside = torch.rand(gradient.shape).contiguous(memory_format=torch.channels_last) < 0.7
+    expected = quantize.let_pass(gradient, inside)
+    monkeypatch.setattr(devices, "is_readable", lambda _device: False)
+    found = quantize.let_pass(gradient, inside)
+    assert found.dtype == dtype and found.stride() == gradient.stride() and (expected == 0).any()
+    assert torch.equal(found, expected) and torch.equal(found[inside], gradient[inside])
+
+
 def test_rounding_at_once_is_rounding_in_passes(monkeypatch):
     for form in FORMS[:2]:
         for name, x in LAYOUTS.items():

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from faulty import CASES as EVERY
 from faulty import assert_binomial, assert_uniform, gen
 from torch import nn
 from torch.nn.utils import parametrize
 
 from ftnas import bound, devices, inject, saturate
 from ftnas.faults import AdSAF, BitAdSAF, LogNormalVariation, MiBB, WeightBitFlip
+from ftnas.faults.base import Site
 from ftnas.faults.bounds import WeightBound
 from ftnas.quantize import FixedPoint, Frozen
 from ftnas.rng import generator, isolated
@@ -153,6 +155,14 @@ def test_a_step_on_a_gpu_is_that_of_the_weights_one_by_one(name, fault, extra):
     alone = Step(name, None, plans=together.plans, device="cuda", **extra)
     assert not any(alone.together)
     torch.testing.assert_close(together.losses, alone.losses, equal_nan=True)
+
+
+@pytest.mark.parametrize("fault", [fault for fault in EVERY.values() if fault.in_rows])
+@pytest.mark.parametrize("readable", [True, False])
+def test_plans_for_rows_ascend(fault, readable, monkeypatch):
+    monkeypatch.setattr(devices, "is_readable", lambda _device: readable)
+    sites = fault.sample(Site("", (5000,), macs=0, bits=8), generator=gen(2)).sites
+    assert len(sites) > 3 and bool((sites.diff() >= 0).all())
 
 
 @pytest.mark.parametrize("fault", ["adsaf", "adsaf differential", "bit_adsaf", "flip"])

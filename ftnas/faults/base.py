@@ -198,7 +198,7 @@ class Fault(Settings, ABC):
         rate_name: The quantity that a sweep varies.
         encoding: Encoding that the fault's hardware gives weights, when it differs from the quantizer's own.
         in_rows: For weights in fixed point: whether tensors laid end to end can be drawn for and hit as one. Then
-            unit u of N values is of value u % N, and one value is as good as another.
+            unit u of N values is of value u % N, one value is as good as another, and the sites of a plan ascend.
     """
 
     persistence: Annotated[float, Field(ge=1.0)] = 1.0

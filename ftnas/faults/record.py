@@ -111,8 +111,8 @@ class Tally:
         layers: Sequence[str],
         sizes: Sequence[int],
         plan: Plan,
-        numbers: Tensor,
-        places: Tensor,
+        spans: Tensor,
+        places: tuple[Tensor, Tensor],
         known: Iterable[str],
     ) -> None:
         """Count one plan of weights laid end to end, at some layers; the counts stay on the device.
@@ -121,18 +121,21 @@ class Tally:
             fault: Index of the fault model.
             layers: Where it is counted.
             sizes: Values of each.
-            plan: For N values, unit u of value u % N.
-            numbers: The layer of each value, int64 [N], as its place among those ``known``.
-            places: The places of ``layers``, int64.
+            plan: For N values, unit u of value u % N; ascending.
+            spans: Where the values of each layer of the row begin and end, int64 [2, number of layers].
+            places: The places of these layers, and of ``layers``, among those ``known``; int64.
             known: All layers that there may be, the same in every call.
         """
         sums, row = self._sums[fault], self._rows[fault]
         if row is None:
             names = list(known)
-            row = self._rows[fault] = names, torch.zeros(len(names), dtype=torch.int64, device=numbers.device)
-        of = numbers.index_select(0, plan.sites % plan.num_values)
-        hits = torch.zeros_like(row[1]).index_add_(0, of, plan.valid.to(torch.int64))
-        row[1].index_add_(0, places, hits.index_select(0, places))
+            row = self._rows[fault] = names, torch.zeros(len(names), dtype=torch.int64, device=spans.device)
+        units = plan.population // plan.num_values
+        firsts = torch.arange(0, plan.population, plan.num_values, device=spans.device)
+        # a search for where the hits of a layer begin and end: adding up one by one, all would wait for few counts
+        begin, end = torch.searchsorted(plan.sites, firsts.view(units, 1, 1) + spans).unbind(1)
+        hits = torch.zeros_like(row[1]).index_add_(0, places[0], (end - begin).sum(0))
+        row[1].index_add_(0, places[1], hits.index_select(0, places[1]))
         for layer, size in zip(layers, sizes, strict=True):
             sites, expected, hits_before = sums.get(layer, (0, 0.0, 0))
             at_risk = plan.population // plan.num_values * size

@@ -26,7 +26,7 @@ from ftnas.faults.memory import mark, storage
 from ftnas.faults.place import weight_site
 from ftnas.faults.record import Tally
 from ftnas.faults.stored import SharedWeights, StoredWeight
-from ftnas.quantize import FixedPoint, FloatFormat, Rounded
+from ftnas.quantize import FixedPoint, FloatFormat, Rounded, let_pass
 
 TOGETHER = ""
 """In place of the name of a layer, in the stream of faults of all layers."""
@@ -120,7 +120,8 @@ class Together:
         self._weights: dict[str, nn.Parameter] | None = None
         self._whole: Row | None = None
         self._numbers: dict[str, Tensor] = {}
-        self._of: tuple[Any, Tensor] | None = None  # stays when weights are forgotten: a graph may read it
+        self._sizes: dict[str, Tensor] = {}
+        self._spans: tuple[Any, Tensor, Tensor] | None = None  # stays when weights are forgotten: a graph may read it
         self.ready: dict[str, Tensor] = {}
 
     def forget(self) -> None:
@@ -195,6 +196,9 @@ class Together:
             if not self._numbers or next(iter(self._numbers.values())).device != device:
                 numbers = torch.arange(len(self._layers), device=device)
                 self._numbers = dict(zip(self._layers, numbers.unbind(), strict=True))
+                self._sizes = {}
+            for name in found.keys() - self._sizes.keys():  # filled, not copied: nothing waits for the device
+                self._sizes[name] = torch.full((), found[name].numel(), device=device)
         return found
 
     def _round(self, row: Row, form: FixedPoint) -> Rounded:
@@ -225,15 +229,21 @@ class Together:
             if key not in self._drawing.sites:
                 self._drawing.sites[key] = weight_site(name, self._layers[name], row.places[name][1], form)
         sizes = [row.places[name][1].numel() for name in names]
-        places = torch.stack([self._numbers[name] for name in names])
-        self._tally.add_row(placed.number, names, sizes, plan, self._numbers_of(row), places, self._layers)
+        spans, of_row = self._spans_of(row)
+        places = of_row if len(names) == len(row.names) else self._places(names)
+        self._tally.add_row(placed.number, names, sizes, plan, spans, (of_row, places), self._layers)
 
-    def _numbers_of(self, row: Row) -> Tensor:
-        """Return the number of the layer of each value, int64 [N]: its place among the model's layers."""
+    def _spans_of(self, row: Row) -> tuple[Tensor, Tensor]:
+        """Return where each layer's values begin and end, and its place among the model's layers, as `Tally` has it."""
         key = row.names, row.sizes, row.weights[0].device
-        if self._of is None or self._of[0] != key:
-            self._of = key, row.spread(torch.stack([self._numbers[name] for name in row.names]))
-        return self._of[1]
+        if self._spans is None or self._spans[0] != key:
+            sizes = torch.stack([self._sizes[name] for name in row.names])
+            ends = sizes.cumsum(0)
+            self._spans = key, torch.stack([ends - sizes, ends]), self._places(row.names)
+        return self._spans[1:]
+
+    def _places(self, names: Sequence[str]) -> Tensor:
+        return torch.stack([self._numbers[name] for name in names])
 
 
 def _row(weights: dict[str, nn.Parameter]) -> Row:
@@ -257,7 +267,7 @@ class _Read(torch.autograd.Function):
         inside, blocked = ctx.saved_tensors
         row: Row = ctx.row
         given = [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, row.weights, strict=True)]
-        gradient = torch.where(inside, row.join(given), 0.0)
+        gradient = let_pass(row.join(given), inside)
         if blocked is not None:
             gradient = torch.where(blocked, 0.0, gradient)
         parts = row.split(gradient)

@@ -196,21 +196,24 @@ class ImageSet:
         mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (self.mean, self.std))
         scale = (1 / (255 * std)).float().to(self.device)
         shift = (-mean / std).float().to(self.device)
+        # all at once: to copy the part of a batch would wait for what a GPU still has to do
+        labels = self.labels[order].to(self.device)
+        draws = None if draws is None else draws.to(self.device)
         for place, pixels in zip(places, self._pixel_batches([order[place] for place in places]), strict=True):
-            labels = self.labels[order[place]].to(self.device)
+            part = slice(int(place[0]), int(place[-1]) + 1)
             if draws is None:
-                yield pixels.float().mul_(scale).add_(shift), labels
+                yield pixels.float().mul_(scale).add_(shift), labels[part]
                 continue
-            drawn = draws[place].to(self.device)
+            drawn = draws[part]
             images = crop_and_flip(pixels, drawn, augment).float().mul_(scale).add_(shift)
-            yield cutout_(images, drawn, augment), labels
+            yield cutout_(images, drawn, augment), labels[part]
 
     def _pixel_batches(self, index_lists: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield uint8 [B, C, H, W], on the device, for each list of indices."""
         if self._pixels is not None:
-            for indices in index_lists:
-                chosen = indices.to(self.device)
-                yield self._pixels[chosen if self._index is None else self._index[chosen]]
+            chosen = torch.cat([torch.empty(0, dtype=torch.int64), *index_lists]).to(self.device)
+            for indices in chosen.split([len(indices) for indices in index_lists]):
+                yield self._pixels[indices if self._index is None else self._index[indices]]
             return
         loader: Iterable[Tensor | str] = DataLoader(
             self._images,  # type: ignore[arg-type]

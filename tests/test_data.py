@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
+from faulty import never_waits
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftnas import data, images
 from ftnas.data import AugmentConfig, DataConfig, load, stratified_split
@@ -659,6 +661,42 @@ def test_augmentation_that_leaves_nothing_is_refused(name, digits):
         digits[0].batches(10, seed=0, augment=AugmentConfig(**{name: 8}))
     with pytest.raises(ValueError, match=name):
         parse(AugmentConfig, {name: -1})
+
+
+class Copies(TorchDispatchMode):
+    """Counts what is copied from the CPU to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = next((a for a in args if isinstance(a, torch.Tensor)), None)
+        self.seen += isinstance(out, torch.Tensor) and given is not None and given.device != out.device
+        return out
+
+
+@pytest.mark.parametrize("augment", [AUGMENT, None])
+@pytest.mark.parametrize("part", [None, range(0, 320, 2)])
+def test_what_a_pass_needs_is_copied_to_a_device_at_once(augment, part, digits):
+    images = digits[0] if part is None else digits[0].subset(part)
+    found = set()
+    for batch_size in (80, 20):
+        with Copies() as copies:
+            batches = list(images.to("meta").batches(batch_size, seed=1, augment=augment))
+        assert all(x.is_meta and y.is_meta and len(x) == len(y) for x, y in batches)
+        found.add(copies.seen)
+    assert len(found) == 1 and found.pop() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_on_a_gpu_do_not_wait_for_it(digits):
+    batches = digits[0].to("cuda").batches(64, seed=1, augment=AUGMENT)
+    next(batches)
+    with never_waits():
+        assert len(list(batches)) > 2
 
 
 @pytest.mark.gpu

@@ -12,11 +12,14 @@ from faulty import CASES as EVERY
 from faulty import assert_binomial, assert_uniform, gen
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftnas import bound, devices, inject, saturate
+from ftnas.compute import Compute
 from ftnas.faults import AdSAF, BitAdSAF, LogNormalVariation, MiBB, WeightBitFlip
 from ftnas.faults.base import Site
 from ftnas.faults.bounds import WeightBound
+from ftnas.faults.together import Together
 from ftnas.quantize import FixedPoint, Frozen
 from ftnas.rng import generator, isolated
 from ftnas.space import Genotype, Supernet, build_network, load_space
@@ -58,6 +61,9 @@ def chain(depth=3):
         return Chain(nn.Conv2d(3, 6, 3), *inner, nn.Linear(6, 10), nn.Conv2d(1, 1, 1))
 
 
+PLAIN = Compute()
+
+
 def networks():
     genotype = Genotype.random(SPACE, generator=gen(3))
     with isolated(0, "net"):
@@ -79,7 +85,9 @@ def watch(model, injection, read):
 class Step:
     """One fault-tolerant step; what it gave."""
 
-    def __init__(self, name, fault, *, device="cpu", mask=False, last=False, alpha_l=0.5, plans=None, spoil=None):
+    def __init__(
+        self, name, fault, *, device="cpu", mask=False, last=False, alpha_l=0.5, plans=None, spoil=None, compute=PLAIN
+    ):
         self.model, forward = networks()[name]
         self.model.to(device).train()
         if last:
@@ -90,7 +98,7 @@ class Step:
         images, labels = torch.randn(8, 3, 12, 12, generator=gen(1)).to(device), torch.arange(8, device=device)
         faults = [] if plans is not None or fault is None else [fault]
         extra = {"plans": plans} if plans is not None else {"errors": "soft"}
-        loss = FaultTolerantLoss(self.model, alpha_l=alpha_l)
+        loss = FaultTolerantLoss(self.model, alpha_l=alpha_l, compute=compute)
         self.together = []
         with inject(
             self.model, *faults, quantization=FIXED, mask_gradients=mask, draw_on="device", **extra
@@ -155,6 +163,50 @@ def test_a_step_on_a_gpu_is_that_of_the_weights_one_by_one(name, fault, extra):
     alone = Step(name, None, plans=together.plans, device="cuda", **extra)
     assert not any(alone.together)
     torch.testing.assert_close(together.losses, alone.losses, equal_nan=True)
+
+
+NARROW = Compute(autocast="bf16", channels_last=True)
+
+
+@pytest.mark.parametrize("fault", ["adsaf", "adsaf max", "bit_adsaf", "flip", "mibb", "none"])
+def test_under_autocast_weights_are_made_narrow_at_once_to_the_same_step(fault, waiting, monkeypatch):
+    steps, seen = [], []
+    for wide in (False, True):
+        if wide:
+            monkeypatch.setattr(Together, "_dtype", lambda *_: torch.float32)
+        with Casts() as casts:
+            steps.append(Step("discrete", FAULTS[fault], compute=NARROW))
+        seen.append(casts.weights)
+    assert_same(*steps)
+    assert next(iter(steps[0].gradients.values())).dtype == torch.float32
+    assert seen[0] == 0 < seen[1]  # of the layers that faults and fixed point concern, all are
+
+
+class Casts(TorchDispatchMode):
+    """Counts kernels of convolutions that are cast to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        narrowed = function is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16
+        self.weights += narrowed and out.dim() == 4 and out.shape[2] in (1, 3, 5) and out.shape[2] == out.shape[3]
+        return out
+
+
+def test_weights_stay_wide_where_what_reads_them_is_not_known(waiting):
+    class Own(nn.Conv2d):
+        def forward(self, x):
+            dtypes.append(self.weight.dtype)
+            return super().forward(x)
+
+    dtypes, images = [], torch.randn(4, 3, 8, 8, generator=gen(1))
+    model = nn.Sequential(Own(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten())
+    with inject(model, AdSAF(), quantization=FIXED, errors="soft", draw_on="device") as injection:
+        FaultTolerantLoss(model, alpha_l=0.5, compute=NARROW)(model, injection, images, torch.arange(4))
+    assert len(dtypes) == 3 and set(dtypes) == {torch.float32}
 
 
 @pytest.mark.parametrize("fault", [fault for fault in EVERY.values() if fault.in_rows])

@@ -25,6 +25,7 @@ from ftnas.faults.drawing import Drawing
 from ftnas.faults.memory import mark, storage
 from ftnas.faults.place import weight_site
 from ftnas.faults.record import Tally
+from ftnas.faults.select import LAYER_TYPES
 from ftnas.faults.stored import SharedWeights, StoredWeight
 from ftnas.quantize import FixedPoint, FloatFormat, Rounded, let_pass
 
@@ -161,10 +162,16 @@ class Together:
             self._count(row, running, plan, form, draw)
             blocked = mark(values, plan.values_hit(), None) if self._mask and learns else None
         if learns and any(weight.requires_grad for weight in row.weights):
+            values = values.to(self._dtype(row, values.device))
             read = cast(Sequence[Tensor], _Read.apply(row, values, rounded.inside, blocked, *row.weights))
             self.ready = dict(zip(row.names, read, strict=True))
         else:
             self.ready = row.parts(values, running)
+
+    def _dtype(self, row: Row, device: torch.device) -> torch.dtype:
+        """Return how layers will read their weights: under autocast in its dtype, made at once and not for each."""
+        narrow = _is_autocast(device) and all(_is_usual(self._layers[name]) for name in row.names)
+        return torch.get_autocast_dtype(device.type) if narrow else torch.float32
 
     def _all(self, weights: dict[str, nn.Parameter]) -> Row:
         if self._whole is None:
@@ -251,13 +258,13 @@ def _row(weights: dict[str, nn.Parameter]) -> Row:
 
 
 class _Read(torch.autograd.Function):
-    """What a row of weights is read as: the gradient of each is that of what was read, where not masked."""
+    """What a row of weights is read as: the gradient of each is that of what was read, in float32, where not masked."""
 
     @staticmethod
     def forward(
         ctx: Any, row: Row, values: Tensor, inside: Tensor | None, blocked: Tensor | None, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.row = row
+        ctx.row, ctx.dtype = row, values.dtype
         ctx.save_for_backward(inside, blocked)
         ctx.set_materialize_grads(False)
         return tuple(row.split(values.detach()))
@@ -266,8 +273,9 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         inside, blocked = ctx.saved_tensors
         row: Row = ctx.row
-        given = [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, row.weights, strict=True)]
-        gradient = let_pass(row.join(given), inside)
+        pairs = zip(gradients, row.weights, strict=True)
+        given = [torch.zeros_like(w, dtype=ctx.dtype) if g is None else g for g, w in pairs]
+        gradient = let_pass(row.join(given).float(), inside)
         if blocked is not None:
             gradient = torch.where(blocked, 0.0, gradient)
         parts = row.split(gradient)
@@ -283,4 +291,15 @@ def _flat(tensor: Tensor, like: Tensor) -> Tensor:
     """Return the values of a tensor in the order in which another of its shape lies in memory, [N]."""
     if tensor.is_contiguous() and like.is_contiguous():
         return tensor.view(-1)
-    return storage(tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor))
+    laid = tensor if tensor.stride() == like.stride() else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+    return storage(laid)
+
+
+def _is_autocast(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def _is_usual(layer: nn.Module) -> bool:
+    """Tell whether a layer does with its weight what PyTorch's own do, which autocast knows."""
+    own = any(type(layer).forward is kind.forward for kind in LAYER_TYPES)
+    return own and not {"forward", "_conv_forward"} & layer.__dict__.keys()

@@ -2,7 +2,8 @@
 
 The steps are those of the shipped configs: one of the shared weights and one candidate of the search
 `w-ftt-nas-cifar10` (a random genotype each), one of each final training of Table 5, one faulty batch of the campaign.
-Images are random. Every variant of `compute` that is asked for runs the same steps; `graph` is of final trainings.
+Images are random; training steps take them as a run does, shuffled and augmented. Every variant of `compute` that is
+asked for runs the same steps; `graph` is of final trainings.
 
     python scripts/bench_device.py --device cuda --json device.json
     python scripts/bench_device.py --device cuda --compute plain channels_last+bf16+fused channels_last+bf16+fused+graph
@@ -33,10 +34,12 @@ from ftnas import devices
 from ftnas.branches import parts_of_a_step
 from ftnas.compute import Compute
 from ftnas.config import RunConfig, read_config
+from ftnas.data import ImageSet
 from ftnas.evaluate import score
 from ftnas.faults.hardware import Hardware
 from ftnas.graphs import WARM_UP, CudaGraph
 from ftnas.heap import keep_memory
+from ftnas.images import Images
 from ftnas.models import build
 from ftnas.recipe import SgdConfig
 from ftnas.rng import generator, isolated
@@ -44,8 +47,10 @@ from ftnas.space import Genotype, Supernet, load_space
 from ftnas.train import FaultTolerantLoss, gradients_by, move
 
 IMAGES, CLASSES = 50_000, 10
-PATHS = 6
-"""Random genotypes whose steps are measured in turn."""
+EPOCH = 50
+"""Batches after which images are shuffled anew."""
+PATHS = 24
+"""Random genotypes whose steps are measured in turn: from one to another a step takes up to twice as long."""
 SEARCHES = {"search": "w-ftt-nas-cifar10", "search, MiBB": "f-ftt-nas-cifar10"}
 TRAININGS = {
     "W-FTT-Net-20": ("train-w-ftt-net-adsaf", "w-ftt-net-20"),
@@ -96,15 +101,26 @@ class Bench:
         labels = torch.randint(0, CLASSES, (num_images,), generator=self._stream)
         return images.to(self._device), labels.to(self._device)
 
+    def _batches(self, recipe: SgdConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Give batches for ever, as a run makes them: of random pixels on the device, shuffled and augmented."""
+        batch, side = self._num_images or recipe.batch_size, self._pixels
+        pixels = torch.randint(0, 256, (EPOCH * batch, 3, side, side), generator=self._stream, dtype=torch.uint8)
+        labels = torch.randint(0, CLASSES, (len(pixels),), generator=self._stream)
+        classes = tuple(map(str, range(CLASSES)))
+        images = ImageSet(Images(pixels, (3, side, side)), pixels, labels=labels, classes=classes)
+        images = images.to(self._device)
+        for epoch in itertools.count():
+            yield from images.batches(batch, seed=0, epoch=epoch, augment=recipe.augment, drop_last=True)
+
     def _searching(self, model: nn.Module, recipe: SgdConfig, hardware: Hardware) -> Callable[[Any], None]:
         """Return one step of the shared weights as a function of the forward."""
         injection = self._stack.enter_context(hardware.inject(model, seed=0, errors="soft", draw_on="device"))
         loss = FaultTolerantLoss(model, alpha_l=recipe.alpha_l, compute=self._compute)
         optimizer, parameters = recipe.optimizer(model), list(model.parameters())
-        sides = parts_of_a_step(model, graphed=False)
-        images, labels = self._batch(recipe.batch_size)
+        sides, batches = parts_of_a_step(model, graphed=False), self._batches(recipe)
 
         def step(forward: Any) -> None:
+            images, labels = next(batches)
             with self._compute.steps():
                 loss.gradients(forward, injection, images, labels, parameters, sides)
                 move(parameters, optimizer, recipe.grad_clip)
@@ -118,10 +134,11 @@ class Bench:
         optimizer, parameters = recipe.optimizer(model), list(model.parameters())
         graph = CudaGraph() if self._compute.cuda_graph else None
         gradients = gradients_by(model, loss, injection, parameters, graph=graph)
-        images, labels = self._batch(recipe.batch_size)
+        batches = self._batches(recipe)
         draws = itertools.count()
 
         def step() -> None:
+            images, labels = next(batches)
             with self._compute.steps():
                 gradients(images, labels, next(draws))
             move(parameters, optimizer, recipe.grad_clip)
@@ -196,22 +213,24 @@ class Bench:
         yield Job(name, "campaign", evaluation, campaign.batch_size, points * (10_000 // campaign.batch_size))
 
 
-def seconds_of(job: Job, device: torch.device, *, limit: float, least: int, warm_up: int) -> list[float]:
-    """Return the seconds of ``least`` single steps or more, after ``warm_up``, for about ``limit`` seconds.
+def seconds_of(job: Job, device: torch.device, *, limit: float, steps: int, passes: int, warm_up: int) -> list[float]:
+    """Return the mean seconds of a step in ``passes`` of ``steps`` or more, after ``warm_up``, for about ``limit`` s.
 
-    On a CPU these are seconds of the process, one thread, so that other work on the machine counts little.
+    Within a pass nothing waits for a GPU, as in a run. On a CPU these are seconds of the process, one thread, so that
+    other work on the machine counts little.
     """
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     for _ in range(warm_up):
         job.step()
     found: list[float] = []
     end = time.perf_counter() + limit
-    while len(found) < least or time.perf_counter() < end:
+    while len(found) < passes or time.perf_counter() < end:
         wait(device)
         start = clock()
-        job.step()
+        for _ in range(steps):
+            job.step()
         wait(device)
-        found.append(clock() - start)
+        found.append((clock() - start) / steps)
     return found
 
 
@@ -251,15 +270,16 @@ def measure(
                     torch.cuda.reset_peak_memory_stats(device)
                 start = time.perf_counter()
                 # a GPU plans each kind of convolution at first sight: all paths are walked twice before
-                warm_up = 2 * PATHS if device.type == "cuda" and run in SEARCHES else WARM_UP + 1
-                least = 2 * PATHS if narrow or device.type == "cuda" else 3
-                seconds = seconds_of(job, device, limit=limit, least=least, warm_up=warm_up)
+                on_gpu, walks = device.type == "cuda", run in SEARCHES
+                steps = (PATHS if walks else 10) if narrow or on_gpu else 3
+                warm_up = 2 * PATHS if walks and on_gpu else WARM_UP + 1
+                passes = 3 if narrow or on_gpu else 1
+                seconds = seconds_of(job, device, limit=limit, steps=steps, passes=passes, warm_up=warm_up)
                 whole = time.perf_counter() - start
-                # paths differ: the mean over them; the host's part is what the quickest of a path's steps takes
-                typical = min if narrow else statistics.median
-                each = statistics.mean(typical(part) for n in range(PATHS) if (part := seconds[n::PATHS]))
+                # of the host's part, the pass that was disturbed least
+                each = min(seconds) if narrow else statistics.median(seconds)
                 images = batch or job.images
-                row = {"run": job.run, "step": job.name, "images": images, "measured_steps": len(seconds),
+                row = {"run": job.run, "step": job.name, "images": images, "measured_steps": steps * len(seconds),
                        "ms": 1e3 * each, "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds),
                        "images_per_s": images / each, "whole_run_steps": job.steps,
                        "extrapolated_h": each * job.steps / 3600, "wall_s": whole}  # fmt: skip

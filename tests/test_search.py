@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ftnas import derive as derive_module
 from ftnas import devices
+from ftnas.branches import Overlapped
 from ftnas.controllers import RandomConfig, RandomController
 from ftnas.data import DataConfig, load, stratified_split
 from ftnas.faults.hardware import Hardware
@@ -187,6 +188,11 @@ def test_by_the_way_of_a_gpu_a_resumed_search_is_the_whole_one(fault, space, tmp
     monkeypatch.setattr(devices, "is_readable", lambda _device: False)
     with RunDir.create(tmp_path / "whole", {}) as run:
         make_search(space, run.stage("search"), epochs=4, fault=fault).run()
+    # the one in two pieces also overlaps the parts of its steps
+    made = []
+    monkeypatch.setattr(
+        "ftnas.search.parts_of_a_step", lambda *_, **__: made.append(Overlapped(torch.device("cpu"))) or made[-1]
+    )
     with RunDir.create(tmp_path / "cut", {}) as run:
         search = make_search(space, run.stage("search"), epochs=4, fault=fault)
         step, done = search._weights_epoch, []
@@ -203,6 +209,7 @@ def test_by_the_way_of_a_gpu_a_resumed_search_is_the_whole_one(fault, space, tmp
     assert done == [0, 1]
     with RunDir.open(tmp_path / "cut") as run:
         make_search(space, run.stage("search"), epochs=4, fault=fault).run()
+    assert len(made) == 4
     assert contents(tmp_path / "cut" / "search") == contents(tmp_path / "whole" / "search")
     epochs = [json.loads(line) for line in (tmp_path / "whole" / "search" / "epochs.jsonl").read_text().splitlines()]
     assert len(epochs) == 4 and all(epoch["hits"] > 0 for epoch in epochs)

@@ -27,6 +27,7 @@ from ftnas.recipe import TrainConfig
 from ftnas.regularizers import Regularization
 from ftnas.rng import generator, isolated, seed_for
 from ftnas.rundir import Folder
+from ftnas.storage import Checkpoints
 
 CHECKPOINT = "checkpoint.pt"
 HISTORY = "epochs.jsonl"
@@ -161,7 +162,7 @@ def fit(
         seed: Of the order of images, their augmentation and the faults.
         folder: Where the checkpoint and the history go.
         title: Name on the progress bar.
-        epoch_done: Called with the record of each epoch, once its checkpoint is written.
+        epoch_done: Called with the record of each epoch, once its checkpoint is written where one is due.
 
     Returns:
         One record per epoch.
@@ -169,7 +170,7 @@ def fit(
     Raises:
         ValueError: ``alpha_l`` above 0 without a fault model, fewer images than one batch, or a regularizer that does
             not fit the model.
-        RuntimeError: The loss became NaN or infinite; the checkpoint of the epoch before it is kept.
+        RuntimeError: The loss became NaN or infinite; the last checkpoint before that is kept.
     """
     check_alpha(config.alpha_l, hardware, "train.alpha_l")
     optimizer = config.optimizer(model)
@@ -198,20 +199,22 @@ def fit(
         return gradients_by(model, loss, injection, parameters, graph=graph), parameters
 
     run = partial(_epoch, model, images, loss, optimizer, injection, begin, config=config, seed=seed, extras=extras)
+    checkpoints = Checkpoints(partial(folder.save, CHECKPOINT))
     with track(title, config.epochs, done=first) as progress:
         for epoch in range(first, config.epochs):
             with isolated(seed, "epoch", epoch):
                 record = run(epoch=epoch)
             scheduler.step()
             history.append(record)
-            state = {
-                "epoch": epoch + 1,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "history": history.offset,
-            }
-            folder.save(CHECKPOINT, state)
+            if checkpoints.due or epoch + 1 == config.epochs:
+                state = {
+                    "epoch": epoch + 1,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scheduler": scheduler.state_dict(),
+                    "history": history.offset,
+                }
+                checkpoints.write(state)
             progress.advance(f"loss {record['loss']:.3f}")
             epoch_done(record)
     return [dict(record) for record in history.records()]

@@ -17,9 +17,29 @@ import yaml
 
 from ftnas import rundir
 from ftnas.rundir import RunDir, _commit, code_version
-from ftnas.storage import Journal, Lock, atomic_write, read_journal
+from ftnas.storage import LARGE, Checkpoints, Journal, Lock, atomic_write, read_journal
 
 CONFIG = {"seed": 3, "search": {"epochs": 2, "lr": 0.1}, "name": "läuft"}
+
+
+@pytest.mark.parametrize(("large", "expected"), [(True, [0, 2, 4, 6, 8]), (False, list(range(10)))])
+def test_large_checkpoints_take_a_twentieth_of_the_time(large, expected, tmp_path):
+    now, written = [100.0], []
+
+    def write(state):
+        now[0] += 1.0
+        written.append(state["epoch"])
+        path = tmp_path / "checkpoint.pt"
+        with open(path, "wb") as file:
+            file.truncate(LARGE if large else LARGE - 1)
+        return path
+
+    checkpoints = Checkpoints(write, clock=lambda: now[0])
+    for epoch in range(10):
+        now[0] += 9.5
+        if checkpoints.due:
+            checkpoints.write({"epoch": epoch})
+    assert written == expected
 
 
 def one_line(error: pytest.ExceptionInfo[ValueError]) -> str:

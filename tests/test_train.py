@@ -13,6 +13,7 @@ from ftnas.faults.hardware import Hardware
 from ftnas.recipe import TrainConfig
 from ftnas.rng import isolated
 from ftnas.rundir import RunDir
+from ftnas.storage import Checkpoints
 from ftnas.train import CHECKPOINT, FaultTolerantLoss, clean_accuracy, fit, fit_by_rate_protocol
 from ftnas.trainings import Failure, check_failures
 
@@ -117,6 +118,32 @@ def test_resume_from_a_checkpoint_equals_an_uninterrupted_run(images, tmp_path):
         fresh = small_net()
         history = fit(fresh, images, config=config, hardware=HARDWARE, seed=1, folder=run)
     assert [record["epoch"] for record in history] == [0, 1, 2]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, fresh.state_dict()[name]), name
+
+
+def test_a_run_cut_between_checkpoints_ends_with_the_same_weights(images, tmp_path, monkeypatch):
+    whole, fresh, config = small_net(), small_net(), recipe(epochs=6)
+    with RunDir.create(tmp_path / "a", {}) as run:
+        expected = fit(whole, images, config=config, hardware=HARDWARE, seed=1, folder=run)
+    done, saved = [], []
+
+    def epoch_done(record):
+        done.append(record["epoch"])
+        saved.append(run.load(CHECKPOINT)["epoch"])
+        if record["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    with RunDir.create(tmp_path / "b", {}) as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoints, "due", property(lambda _: len(done) in (0, 2)))
+            with pytest.raises(KeyboardInterrupt):
+                fit(small_net(), images, config=config, hardware=HARDWARE, seed=1, folder=run, epoch_done=epoch_done)
+            assert (done, saved) == ([0, 1, 2, 3], [1, 1, 3, 3])
+            patch.setattr(Checkpoints, "due", False)
+            history = fit(fresh, images, config=config, hardware=HARDWARE, seed=1, folder=run)
+        assert run.load(CHECKPOINT)["epoch"] == 6
+    assert history == expected
     for name, value in whole.state_dict().items():
         assert torch.equal(value, fresh.state_dict()[name]), name
 

@@ -303,7 +303,10 @@ def straight_through(x: Tensor, transform: Any) -> Tensor:
 
 
 def let_pass(gradient: Tensor, inside: Tensor) -> Tensor:
-    """Return a gradient where a bool mask of its shape lets it pass, and zeros elsewhere."""
+    """Return a gradient where a bool mask of its shape lets it pass, and zeros elsewhere.
+
+    On a GPU what is not finite there becomes NaN, in place of a zero.
+    """
     if devices.is_readable(gradient.device):
         return torch.where(inside, gradient, 0.0)
     # a product, by a kernel that moves whole vectors: for where, a GPU looks up its one zero value by value

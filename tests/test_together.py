@@ -196,6 +196,39 @@ class Casts(TorchDispatchMode):
         return out
 
 
+class Places(TorchDispatchMode):
+    """Notes by how many bytes the kernels of convolutions begin after the last multiple of 16."""
+
+    def __init__(self):
+        super().__init__()
+        self.offsets = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution.default:
+            self.offsets.append(args[1].data_ptr() % 16)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("compute", [PLAIN, NARROW], ids=["wide", "narrow"])
+def test_what_is_read_begins_where_a_vector_does(compute, learns, waiting):
+    """For kernels that lie elsewhere cuDNN has only slow convolutions."""
+    model = chain(6).train(learns)  # of 162 and of 324 values: every other one would begin elsewhere
+    compute.prepare(model)
+    images = compute.images(torch.randn(2, 3, 12, 12, generator=gen(1)))
+    with inject(model, FAULTS["adsaf"], quantization=FIXED, errors="soft", draw_on="device") as injection:
+        with torch.set_grad_enabled(learns):
+            read = []
+            watch(model, injection, read)
+            with injection.weights_shared(), injection.paused():
+                model(images)
+            for draw in range(2):
+                injection.draw = draw
+                with injection.weights_shared(), compute.forward(images.device), Places() as places:
+                    model(images)
+                assert read[-1] and places.offsets == [0] * 7
+
+
 def test_weights_stay_wide_where_what_reads_them_is_not_known(waiting):
     class Own(nn.Conv2d):
         def forward(self, x):

@@ -10,7 +10,7 @@ it, so that candidates that share a layer meet the same faults there.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -31,6 +31,8 @@ from ftnas.quantize import FixedPoint, FloatFormat, Rounded, let_pass
 
 TOGETHER = ""
 """In place of the name of a layer, in the stream of faults of all layers."""
+VECTOR = 16
+"""Bytes that a GPU reads at once: for a kernel that begins between two of them cuDNN has none but slow convolutions."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,26 @@ class Row:
         parts = zip(values.split(self.sizes), self.weights, strict=True)
         return [part.as_strided(weight.shape, weight.stride()) for part, weight in parts]
 
-    def parts(self, values: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return such views for some of the layers."""
-        first = values.storage_offset()
-        found = {}
-        for name in names:
-            start, weight = self.places[name]
-            found[name] = values.as_strided(weight.shape, weight.stride(), first + start)
-        return found
+    def read(self, values: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return [N] values of some of the layers, in the shapes and memory formats of their weights.
+
+        They are views of the values where each begins at a multiple of `VECTOR` bytes, else of a copy in which it does.
+        """
+        first, lanes = values.storage_offset(), VECTOR // values.element_size()
+        begins = [first + self.places[name][0] for name in names]
+        found = self._views(values, names, begins)
+        if not any(begin % lanes for begin in begins):
+            return found
+        rooms = [-(-part.numel() // lanes) * lanes for part in found.values()]
+        copies = self._views(values.new_empty(sum(rooms)), names, itertools.accumulate(rooms, initial=0))
+        torch._foreach_copy_(list(copies.values()), list(found.values()))
+        return copies
+
+    def _views(self, values: Tensor, names: Sequence[str], begins: Iterable[int]) -> dict[str, Tensor]:
+        weights = [self.places[name][1] for name in names]
+        pairs = zip(weights, begins, strict=False)
+        views = [values.as_strided(weight.shape, weight.stride(), begin) for weight, begin in pairs]
+        return dict(zip(names, views, strict=True))
 
     @cached_property
     def places(self) -> dict[str, tuple[int, Tensor]]:
@@ -166,7 +180,7 @@ class Together:
             read = cast(Sequence[Tensor], _Read.apply(row, values, rounded.inside, blocked, *row.weights))
             self.ready = dict(zip(row.names, read, strict=True))
         else:
-            self.ready = row.parts(values, running)
+            self.ready = row.read(values, running)
 
     def _dtype(self, row: Row, device: torch.device) -> torch.dtype:
         """Return how layers will read their weights: under autocast in its dtype, made at once and not for each."""
@@ -267,7 +281,7 @@ class _Read(torch.autograd.Function):
         ctx.row, ctx.dtype = row, values.dtype
         ctx.save_for_backward(inside, blocked)
         ctx.set_materialize_grads(False)
-        return tuple(row.split(values.detach()))
+        return tuple(row.read(values.detach(), row.names).values())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

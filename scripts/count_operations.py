@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftnas.config import read_config
 from ftnas.faults import drawing
+from ftnas.faults.ahead import Ahead
 from ftnas.faults.drawing import Drawing
 from ftnas.faults.injection import Injection
 from ftnas.faults.record import Tally
@@ -128,6 +129,8 @@ class Operations(TorchDispatchMode):
                 (FixedPoint, "grid", "rounding"),
                 (Drawing, "_drawn", "drawing"),
                 (Tally, "add", "drawing"),
+                (Ahead, "begin", "drawing"),
+                (Tally, "add_each", "drawing"),
                 (Injection, "_apply", "injection"),
                 (Together, "_round", "rounding"),
                 (Drawing, "row", "drawing"),

@@ -50,7 +50,7 @@ class RecordedGraph(TorchDispatchMode):
         return function()
 
     def capture(self, function, streams):
-        assert streams
+        self.streams = list(streams)
         state = torch.get_rng_state()
         with self:
             result = function()
@@ -164,7 +164,9 @@ def no_reading(monkeypatch):
 
 @pytest.mark.parametrize("case", SOFT)
 def test_replayed_steps_are_the_steps(case, no_reading):
-    same(trained(CASES[case], RecordedGraph()), trained(CASES[case], None))
+    graph = RecordedGraph()
+    same(trained(CASES[case], graph), trained(CASES[case], None))
+    assert graph.streams or isinstance(CASES[case], MiBB)  # which draws from a seed on the device
 
 
 def test_other_seeds_give_other_steps(no_reading):
@@ -173,10 +175,6 @@ def test_other_seeds_give_other_steps(no_reading):
             for stream in self.streams:
                 stream.manual_seed(0)
             super().replay()
-
-        def capture(self, function, streams):
-            self.streams = streams
-            return super().capture(function, streams)
 
     losses, _, _ = trained(CASES["adsaf"], None)
     stuck, _, _ = trained(CASES["adsaf"], SeedsStay())

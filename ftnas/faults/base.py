@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -77,6 +77,8 @@ class Plan:
         shape: Shape of the tensor that the plan is for.
         span: Values of one unit, 1 but for whole channels.
         at_risk: Number of units that could be hit: the population less what a target leaves out; None: all.
+        at: The row-major value of each entry, int64 [K], where it is known already; any for padding, whose code then
+            does nothing.
     """
 
     sites: Tensor
@@ -86,6 +88,7 @@ class Plan:
     shape: tuple[int, ...]
     span: int = 1
     at_risk: int | None = None
+    at: Tensor | None = None
 
     @property
     def num_at_risk(self) -> int:
@@ -117,17 +120,17 @@ class Plan:
         """Return the plan on another device."""
         if self.sites.device == device:
             return self
-        return replace(self, sites=self.sites.to(device), codes=self.codes.to(device))
+        return replace(self, sites=self.sites.to(device), codes=self.codes.to(device), at=None)
 
     def taken(self, keep: Tensor) -> Plan:
         """Return the plan with some of its entries alone, those where ``keep``, bool [K] (waits for the device)."""
         per_site = len(self.codes) // max(1, len(self.sites))  # one code, or one for each value of the span
         codes = self.codes.reshape(-1, max(1, per_site))[keep].reshape(-1)
-        return replace(self, sites=self.sites[keep], codes=codes)
+        return replace(self, sites=self.sites[keep], codes=codes, at=None)
 
     def compact(self) -> Plan:
         """Return the plan without padding (waits for the device)."""
-        return self if bool(self.valid.all()) else self.taken(self.valid)
+        return replace(self, at=None) if bool(self.valid.all()) else self.taken(self.valid)
 
     def values_hit(self) -> Tensor:
         """Return the row-major index of each value that is hit, int64 [K * span]; N for padding."""
@@ -152,6 +155,20 @@ class Plan:
         return replace(
             self, sites=sites, codes=codes, population=population, shape=(batch, *self.shape), at_risk=at_risk
         )
+
+
+class Uniform(NamedTuple):
+    """How a tensor is hit where its units are alike: each independently at one rate, by codes that are equally likely.
+
+    Attributes:
+        population: Number of units, which are its values.
+        rate: Probability of a hit.
+        num_codes: Codes are 0 .. num_codes - 1; the one after them must do nothing.
+    """
+
+    population: int
+    rate: float
+    num_codes: int
 
 
 class Where(Settings):
@@ -246,6 +263,10 @@ class Fault(Settings, ABC):
     def num_codes(self, site: Site) -> int:
         """Return how many different things can happen to a unit, codes 0, 1, ...; 0 where they cannot be counted."""
         return 1
+
+    def uniform(self, site: Site) -> Uniform | None:
+        """Return how a feature is hit if that is uniform, so that many can be drawn for at once; None if not."""
+        return None
 
     def bits_hit(self, plan: Plan) -> Tensor:
         """Return which bit of the word each entry of a plan hits, int64 [K]; only for a model with `num_bits`."""

@@ -47,6 +47,8 @@ class Drawing:
         hard: Whether one draw is for always.
         given: Plans in place of draws.
         sites: The tensors met so far.
+        ready: Plans that were drawn ahead for the forward that runs.
+        used: Those of them that were met.
     """
 
     def __init__(
@@ -63,12 +65,15 @@ class Drawing:
         self.given = given
         self._last: dict[Key, tuple[int, Plan]] = {}
         self.sites: dict[Key, Site] = {}
+        self.ready: dict[Key, Plan] = {}
+        self.used: set[Key] = set()
         self._seed = seed
         self._on_device = draw_on == "device"
         self._kept: dict[Key, tuple[Label, Plan]] = {}
         self._streams: dict[Key, torch.Generator] = {}
         self._layers = frozenset().union(*(p.layers for p in placed))
         self._seeded = False
+        self._seeds: dict[int, Tensor] = {}
         self._row: tuple[int, Callable[[], dict[Key, Plan]]] | None = None
 
     def __bool__(self) -> bool:
@@ -101,6 +106,12 @@ class Drawing:
                 continue
             key = (placed.number, site.layer, index)
             self.sites[key] = site
+            ready = self.ready.get(key)
+            if ready is not None and (ready.shape, ready.sites.device) == (site.shape, device):
+                self.used.add(key)
+                self._last[key] = (draw, ready)
+                yield placed, ready, None
+                continue
             given = self.given is not None
             found = self._given(placed, key, site) if given else self._drawn(placed, key, site, draw, device)
             if found is None:
@@ -121,9 +132,12 @@ class Drawing:
         """Whether `row` can draw for weights that are laid end to end."""
         if not self.placed:
             return True
-        entry = self.placed[0]
-        alike = entry.fault.in_rows and entry.fault.where is None and not any(entry.never.values())
-        return alike and len(self.placed) == 1 and self._on_device and not self.hard and self.given is None
+        return self.placed[0].fault.in_rows and len(self.placed) == 1 and self.draws_freely(self.placed[0])
+
+    def draws_freely(self, placed: Placed) -> bool:
+        """Tell whether a fault model draws on the device, anew for each draw, and can hit all of its layers."""
+        whole = placed.fault.where is None and not any(placed.never.values())
+        return whole and self._on_device and not self.hard and self.given is None
 
     def row(self, site: Site, draw: int, device: torch.device) -> tuple[Placed, Plan]:
         """Draw one plan for weights laid end to end."""
@@ -136,6 +150,16 @@ class Drawing:
         (placed,) = self.placed
         self._row = draw, lambda: {(placed.number, layer, 0): own for layer, own in split().items()}
 
+    def seed_of(self, placed: Placed, draw: int, device: torch.device) -> Tensor:
+        """Return the seed of a draw of a fault model on a device, int64; the same tensor for all draws."""
+        seed = self._seeds.get(placed.number)
+        if seed is None or seed.device != device:
+            with torch.inference_mode(False):
+                self._seeds[placed.number] = seed = torch.zeros((), dtype=torch.int64, device=device)
+        if not self._seeded:
+            seed.fill_(seed_for(self._seed, placed.fault.name, placed.number, draw))
+        return seed
+
     def streams(self) -> list[torch.Generator]:
         """Return the generators that plans were drawn from so far."""
         return list(self._streams.values())
@@ -145,6 +169,8 @@ class Drawing:
         names = {placed.number: placed.fault.name for placed in self.placed}
         for (number, layer, call), stream in self._streams.items():
             stream.manual_seed(seed_for(self._seed, names[number], number, draw, layer, call))
+        for number, seed in self._seeds.items():
+            seed.fill_(seed_for(self._seed, names[number], number, draw))
 
     @contextmanager
     def seeded(self) -> Iterator[None]:

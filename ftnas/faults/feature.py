@@ -10,7 +10,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from ftnas.faults.base import FAULTS, Fault, Plan, Site
+from ftnas.faults.base import FAULTS, Fault, Plan, Site, Uniform
 from ftnas.faults.bitflip import bit_rows, flip_fixed_, sample_flips
 from ftnas.faults.memory import add_at_, hit_positions, storage
 from ftnas.faults.sampling import bernoulli_sites, persisting, random_integers
@@ -54,6 +54,10 @@ class MiBB(Fault):
         codes = random_integers(2 * site.bits, len(sites), generator=generator)
         return Plan(sites, codes, site.num_values, rate, site.shape)
 
+    def uniform(self, site: Site) -> Uniform | None:
+        """Return the rate of a value, and the number of codes."""
+        return None if site.bits is None else Uniform(site.num_values, self.probability(site.macs), 2 * site.bits)
+
     def num_bits(self, site: Site) -> int:
         """Return the number of bits that can be hit."""
         return site.word_bits
@@ -75,15 +79,17 @@ class MiBB(Fault):
         steps = _steps(grid.bits, grid.lo, grid.hi, values.dtype, values.device) * grid.lsb
         after = steps.index_select(0, plan.codes).add_(before)
         after = after.clamp_(steps[-2], steps[-1])
-        return add_at_(values, at, after.sub_(before), None if plan.whole else plan.valid)
+        idle = plan.at is not None or plan.whole
+        return add_at_(values, at, after.sub_(before), None if idle else plan.valid)
 
 
 @cache
 def _steps(bits: int, lo: int, hi: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return what each code of `MiBB` adds, and then the smallest and the largest word, [2 * bits + 2]."""
+    """Return what each code of `MiBB` adds, nothing, and the smallest and the largest word, [2 * bits + 3]."""
     with torch.inference_mode(False):
         code = torch.arange(2 * bits, device=device)
-        ends = [torch.full((1,), end, device=device) for end in (lo, hi)]  # nothing is copied there, which would wait
+        # filled, not copied there, which would wait
+        ends = [torch.full((1,), end, device=device) for end in (0, lo, hi)]
         return torch.cat([(1 - 2 * (code & 1)) << (code >> 1), *ends]).to(dtype)
 
 

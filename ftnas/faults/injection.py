@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ftnas.faults.activation import ActivationMode
+from ftnas.faults.ahead import Ahead
 from ftnas.faults.base import Fault, Plan, Site
 from ftnas.faults.bounds import FEATURE, WEIGHT, bound_of, clipped_weight, stored_bound, weights_return, within_bound
 from ftnas.faults.changes import Change, Watch
@@ -70,6 +71,7 @@ class Injection:
         self._mask_gradients, self._watch = mask_gradients, Watch() if watch else None
         self.tally = Tally(faults)
         self.together = Together(self._layers, self._weight_format, self._weights, self.tally, mask_gradients)
+        self._ahead = Ahead(self._features, self.tally, self._layers, self._feature_format)
         self._reads_nan_as_zero: frozenset[str] = frozenset()
         self._activations = ActivationMode(self._after_activation) if self._buffers else None
         self.finding = self._paused = self._running = self._ran = self._ran_faulty = False
@@ -219,6 +221,7 @@ class Injection:
         if self.shared is not None and self._watch is None:
             layers = running_layers(module, args, kwargs, self._points.get(module.training))
             self.together.begin(layers, self._draw_now, self.shared)
+            self._ahead.begin(self._draw_now, self.shared)
         if self._activations is not None:
             self._activations.__enter__()
 
@@ -232,6 +235,7 @@ class Injection:
             self._activations.clear()
         self._running = False
         self.together.ready = {}
+        self._ahead.end()
 
     def _check_met(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.finding and self._activations is not None:
@@ -261,6 +265,8 @@ class Injection:
         layer, index = call
         bound, limit = self._bounds.get(layer), bound_of(self._layers[layer], FEATURE)
         met = not self._paused and self._features.hits(layer)
+        if self._paused and self.shared is not None and self._watch is None:
+            self._ahead.note(layer, index, feature, self.shared)
         if not met and bound is None and limit is None and self._activations is None and self._feature_format:
             rounded = self._feature_format.at_once(feature)
             if rounded is not None:

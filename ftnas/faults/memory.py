@@ -25,6 +25,8 @@ def positions(sites: Tensor, values: Tensor) -> Tensor:
 
 def hit_positions(plan: Plan, values: Tensor) -> Tensor:
     """Return the position in `storage` of each value that a plan hits, int64 [K * span]; any position for padding."""
+    if plan.at is not None:
+        return _offsets(plan.at, values)
     count = max(1, plan.num_values)
     if plan.span > 1 or plan.population % count:
         return positions(plan.values_hit(), values)

@@ -126,20 +126,44 @@ class Tally:
             places: The places of these layers, and of ``layers``, among those ``known``; int64.
             known: All layers that there may be, the same in every call.
         """
-        sums, row = self._sums[fault], self._rows[fault]
-        if row is None:
-            names = list(known)
-            row = self._rows[fault] = names, torch.zeros(len(names), dtype=torch.int64, device=spans.device)
         units = plan.population // plan.num_values
         firsts = torch.arange(0, plan.population, plan.num_values, device=spans.device)
         # a search for where the hits of a layer begin and end: adding up one by one, all would wait for few counts
         begin, end = torch.searchsorted(plan.sites, firsts.view(units, 1, 1) + spans).unbind(1)
-        hits = torch.zeros_like(row[1]).index_add_(0, places[0], (end - begin).sum(0))
-        row[1].index_add_(0, places[1], hits.index_select(0, places[1]))
-        for layer, size in zip(layers, sizes, strict=True):
+        hits = torch.zeros_like(self._row(fault, known, spans.device)).index_add_(0, places[0], (end - begin).sum(0))
+        what = [(layer, units * size, plan.rate) for layer, size in zip(layers, sizes, strict=True)]
+        self.add_each(fault, what, hits.index_select(0, places[1]), places[1], known)
+
+    def add_each(
+        self,
+        fault: int,
+        what: Sequence[tuple[str, int, float]],
+        hits: Tensor,
+        places: Tensor,
+        known: Iterable[str],
+    ) -> None:
+        """Count plans of some tensors; the counts stay on the device.
+
+        Args:
+            fault: Index of the fault model.
+            what: Layer, number of units and rate of each.
+            hits: Number of hits of each, int64 [T].
+            places: The place of each layer among those ``known``, int64 [T].
+            known: All layers that there may be, the same in every call.
+        """
+        sums = self._sums[fault]
+        self._row(fault, known, hits.device).index_add_(0, places, hits)
+        for layer, units, rate in what:
             sites, expected, hits_before = sums.get(layer, (0, 0.0, 0))
-            at_risk = plan.population // plan.num_values * size
-            sums[layer] = (sites + at_risk, expected + at_risk * plan.rate, hits_before)
+            sums[layer] = (sites + units, expected + units * rate, hits_before)
+
+    def _row(self, fault: int, known: Iterable[str], device: torch.device) -> Tensor:
+        """Return the hits of a fault model by layer, int64 [number of layers], on a device."""
+        row = self._rows[fault]
+        if row is None:
+            names = list(known)
+            row = self._rows[fault] = names, torch.zeros(len(names), dtype=torch.int64, device=device)
+        return row[1]
 
     def count(self, fault: int, what: str, number: Tensor) -> None:
         """Add a scalar tensor to a fault model's ``nonfinite``, ``nan`` and the like; it stays on the device."""

@@ -40,15 +40,19 @@ def bernoulli_sites(population: int, rate: float, *, generator: torch.Generator)
             return hit.nonzero().squeeze(1)
         order = torch.arange(population, device=device)
         return torch.where(hit, order, population).sort().values
-    expected = population * rate
-    # Hits are binomial; for them to outnumber this by chance is under 1e-12 (Chernoff), and on a CPU the draw goes on.
-    length = min(population, int(expected + 8.0 * math.sqrt(expected) + 32.0))
+    length = walk_length(population, rate)  # on a CPU the draw goes on where that does not suffice
     sites = _walk(-1, length, rate, population, generator)
     if not devices.is_readable(device):
         return sites
     while int(sites[-1]) < population - 1:
         sites = torch.cat([sites, _walk(int(sites[-1]), length, rate, population, generator)])
     return sites[: int(torch.searchsorted(sites, population))]
+
+
+def walk_length(population: int, rate: float) -> int:
+    """Return a number of entries that holds all hits: for them to outnumber it by chance is under 1e-12 (Chernoff)."""
+    expected = population * rate
+    return min(population, int(expected + 8.0 * math.sqrt(expected) + 32.0))
 
 
 def _walk(last: int, length: int, rate: float, population: int, generator: torch.Generator) -> Tensor:

@@ -24,12 +24,14 @@ class SharedWeights:
         rounded: The same as it was rounded, which a faulty copy starts from.
         row: Layers whose weights were rounded together, and whether in inference mode; these weights end to end.
         hit: The last draw of faults, the same weights after it, and its plan.
+        met: Features of the last forward without faults, see `Ahead`.
     """
 
     clean: dict[str, Tensor] = field(default_factory=dict)
     rounded: dict[str, Rounded] = field(default_factory=dict)
     row: tuple[tuple[tuple[str, ...], bool], Rounded] | None = None
     hit: tuple[int, Tensor, Plan] | None = None
+    met: list[Any] = field(default_factory=list)
 
 
 class Ready(Protocol):

@@ -63,7 +63,7 @@ class Row:
 
         They are views of the values where each begins at a multiple of `VECTOR` bytes, else of a copy in which it does.
         """
-        first, lanes = values.storage_offset(), VECTOR // values.element_size()
+        first, lanes = int(values.storage_offset()), VECTOR // values.element_size()
         begins = [first + self.places[name][0] for name in names]
         found = self._views(values, names, begins)
         if not any(begin % lanes for begin in begins):

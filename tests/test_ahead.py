@@ -249,8 +249,16 @@ def test_large_tensors_draw_for_themselves(monkeypatch):
     assert len(plans) == 5 and record.hits == sum(len(plan.sites) for plan in plans.values())
 
 
+class OwnDraw(MiBB):
+    """Says nothing of how uniform its own draw is."""
+
+    def sample(self, site, *, generator):
+        return super().sample(site, generator=generator)
+
+
 @pytest.mark.parametrize(
-    "case", ["other batch", "not shown", "hard", "drawn on the cpu", "where", "protected", "watched", "bits"]
+    "case",
+    ["other batch", "not shown", "hard", "drawn on the cpu", "where", "protected", "watched", "bits", "own draw"],
 )
 def test_otherwise_each_tensor_draws_for_itself(case, monkeypatch):
     model, fault = Net(), FAULT
@@ -264,6 +272,7 @@ def test_otherwise_each_tensor_draws_for_itself(case, monkeypatch):
     }.get(case, {})
     fault = MiBB(mac_error_rate=2e-3, where=Where(channels=(0, 1, 2))) if case == "where" else fault
     fault = FeatureBitFlip(bit_error_rate=1e-2) if case == "bits" else fault
+    fault = OwnDraw(mac_error_rate=2e-3) if case == "own draw" else fault
     if case in ("hard", "watched"):
         monkeypatch.setattr(devices, "is_readable", lambda device: True)
     with injected(model, fault, **options) as injection:

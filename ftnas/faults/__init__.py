@@ -1,6 +1,6 @@
 """Fault models, and `inject`, which puts them into any ``nn.Module``."""
 
-from ftnas.faults.base import FAULTS, Fault, Plan, Site, Where, create_fault
+from ftnas.faults.base import FAULTS, Fault, Plan, Site, Uniform, Where, create_fault
 from ftnas.faults.bitflip import WeightBitFlip
 from ftnas.faults.changes import Change
 from ftnas.faults.defects import DefectMap
@@ -33,6 +33,7 @@ __all__ = [
     "PlanSet",
     "ReciprocalNormalVariation",
     "Site",
+    "Uniform",
     "Where",
     "WeightBitFlip",
     "create_fault",

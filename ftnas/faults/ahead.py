@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ftnas import devices
-from ftnas.faults.base import Plan, Site, Uniform
+from ftnas.faults.base import Fault, Plan, Site, Uniform
 from ftnas.faults.drawing import Drawing, Key, Placed
 from ftnas.faults.place import feature_site
 from ftnas.faults.record import Tally
@@ -81,7 +81,7 @@ class Ahead:
     def __init__(self, drawing: Drawing, tally: Tally, layers: dict[str, nn.Module], form: FixedPoint | None) -> None:
         self._drawing, self._tally, self._layers, self._form = drawing, tally, layers, form
         self._places = {name: place for place, name in enumerate(layers)}
-        self._placed = [placed for placed in drawing.placed if drawing.draws_freely(placed)]
+        self._placed = [p for p in drawing.placed if drawing.draws_freely(p) and _holds(type(p.fault))]
         self._known: dict[Any, list[_Tensor]] = {}
         self._drawn: list[_Drawn] = []
 
@@ -205,6 +205,12 @@ def unit_(words: Tensor) -> Tensor:
 
 def _shifted(words: Tensor, shift: int) -> Tensor:
     return (words >> shift).bitwise_and_((1 << (64 - shift)) - 1)  # without the sign, which is shifted in
+
+
+def _holds(fault: type[Fault]) -> bool:
+    """Tell whether what a class says by ``uniform`` is about its way to draw and apply, and not about a parent's."""
+    owners = [next(owner for owner in fault.__mro__ if name in vars(owner)) for name in ("uniform", "sample", "apply_")]
+    return all(issubclass(owners[0], owner) for owner in owners)
 
 
 def _filled(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -159,7 +159,7 @@ class FixedPoint(Settings):
         if not alone or devices.is_readable(x.device):
             return None
         largest = torch.linalg.vector_norm(x.detach(), math.inf)
-        return rounding.at_once(x, rounding.power_step(largest, _scale_on(self.bits, x.device)), self._limits)[0]
+        return rounding.at_once(x, rounding.step_of(largest, self.bits), self._limits)[0]
 
     def _in_passes(self, x: Tensor, grid: Grid, need_inside: bool, out: Tensor | None = None) -> Rounded:
         return Rounded(*rounding.in_passes(x, grid.lsb, self._limits, need_inside=need_inside, out=out), grid)
@@ -188,7 +188,9 @@ class FixedPoint(Settings):
 
     def step(self, largest: Tensor) -> Tensor:
         """Return the step of a free range for magnitudes, float32 or float64 of any shape; float32."""
-        return rounding.power_step(largest, _scale(self.bits, largest.dtype)).float()
+        if largest.dtype == torch.float64:
+            return rounding.power_step(largest, rounding.scale_of(self.bits, torch.float64)).float()
+        return rounding.step_of(largest, self.bits)
 
     def fraction_length(self, x: Tensor) -> int:
         """Return l with LSB = 2^-l for a tensor of any shape (reads the value back from the device)."""
@@ -259,19 +261,6 @@ class Quantization(Settings):
 def _limits(bits: int, encoding: str) -> Limits:
     hi = 2 ** (bits - 1) - 1
     return Limits(bits, -hi - 1 if encoding == "twos_complement" else -hi, hi)
-
-
-@cache
-def _scale(bits: int, dtype: torch.dtype) -> float:
-    """Return what `rounding.power_step` takes for words of some bits."""
-    return rounding.below_one(dtype) * 2.0 ** (1 - bits)
-
-
-@cache
-def _scale_on(bits: int, device: torch.device) -> Tensor:
-    """Return the same for float32 as a tensor on a device, by which multiplying takes Python less time."""
-    with torch.inference_mode(False):
-        return torch.full((), _scale(bits, torch.float32), device=device)
 
 
 def _lsb_for(largest: float, bits: int) -> float:

@@ -140,9 +140,9 @@ def _limits(limits: Limits, device: torch.device) -> Tensor:
 
     As numbers each would be compiled anew, and torch 2.11 compiles no numbers where function modes are off.
     """
-    scale = below_one(torch.float32) * 2.0 ** (1 - limits.bits)
+    numbers = [limits.lo, limits.hi, scale_of(limits.bits, torch.float32), SMALLEST_RANGE]
     with torch.inference_mode(False):
-        return torch.tensor([limits.lo, limits.hi, scale, SMALLEST_RANGE], device=device)
+        return torch.tensor(numbers, device=device)
 
 
 def _step(largest: Tensor, limits: Tensor) -> Tensor:
@@ -159,6 +159,32 @@ def _round_flat(
     clamped = torch.minimum(torch.maximum(integers, limits[0]), limits[1])
     values = clamped * lsb
     return values.to(x.dtype) if narrow else values, clamped == integers if need_inside else None
+
+
+def step_of(largest: Tensor, bits: int) -> Tensor:
+    """Return what `power_step` does for float32 magnitudes of any shape, looked up: two operations for four."""
+    powers, steps = _powers(bits, largest.device)
+    return torch.take(steps, torch.searchsorted(powers, largest))
+
+
+@cache
+def _powers(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the powers of two from the smallest range on, and the largest number; the step up to each; NaN beyond.
+
+    They are made of their exponents' bits on the device: nothing is copied there, which would wait.
+    """
+    least = math.frexp(SMALLEST_RANGE)[1]
+    with torch.inference_mode(False):
+        exponents = torch.arange(least, 129, dtype=torch.int32, device=device)
+        powers = ((exponents[:-1] + 127) << 23).view(torch.float32)
+        steps = ((exponents + (128 - bits)) << 23).view(torch.float32)
+        beyond = [torch.full((1,), value, device=device) for value in (torch.finfo(torch.float32).max, math.nan)]
+        return torch.cat([powers, beyond[0]]), torch.cat([steps, beyond[1]])
+
+
+def scale_of(bits: int, dtype: torch.dtype) -> float:
+    """Return what `power_step` takes for words of some bits and magnitudes of a dtype."""
+    return below_one(dtype) * 2.0 ** (1 - bits)
 
 
 def power_step(largest: Tensor, scale: Tensor | float, smallest: Tensor | float = SMALLEST_RANGE) -> Tensor:

@@ -343,12 +343,43 @@ def test_rounding_at_once_is_rounding_in_passes(monkeypatch):
             assert torch.equal(grid.lsb.nan_to_num(7.0), grid_once.lsb.nan_to_num(7.0)), name
 
 
+@pytest.mark.parametrize("bits", [2, 8, 24])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_a_step_is_looked_up_for_every_magnitude(bits, device):
+    powers = torch.tensor([2.0**k for k in range(-149, 128)], dtype=torch.float32)
+    random = torch.randint(0, 0x7F80_0000, (20_000,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    random = random.view(torch.float32)
+    ends = torch.tensor([0.0, rounding.SMALLEST_RANGE, torch.finfo(torch.float32).max])
+    magnitudes = torch.cat([powers, powers.nextafter(ends[0]), powers.nextafter(ends[2]), random, ends])
+    expected = [
+        math.ldexp(1.0, e - (m == 0.5) + 1 - bits)
+        for m, e in (math.frexp(max(x, rounding.SMALLEST_RANGE)) for x in magnitudes.tolist())
+    ]
+    found = rounding.step_of(magnitudes.to(device), bits).cpu()
+    assert found.tolist() == expected
+    assert torch.equal(found, rounding.power_step(magnitudes, rounding.scale_of(bits, torch.float32)))
+    assert rounding.step_of(torch.tensor([math.nan, math.inf], device=device), bits).isnan().all()
+    assert rounding.step_of(torch.tensor(3.0, device=device), bits).shape == ()
+
+
 @pytest.mark.parametrize("bits", [2, 8, 16, 24])
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_rounding_with_its_own_gradient_is_rounding(bits, encoding, monkeypatch):
     form = FixedPoint(bits=bits, encoding=encoding)
     monkeypatch.setattr(devices, "is_readable", lambda _device: False)
-    for make in (rounding._fake_quantization, quantize._scale_on):
+    for make in (rounding._fake_quantization, rounding._powers):
         make.cache_clear()
     with torch.inference_mode():  # what is made here serves forwards with gradients too
         form.at_once(torch.ones(3))

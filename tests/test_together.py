@@ -387,8 +387,8 @@ def test_a_step_asks_for_as_many_operations_of_weights_whatever_the_layers():
         found[depth] = seen.by_part()
     assert found[3]["drawing"] == found[12]["drawing"] > 0
     assert found[3]["injection"] == found[12]["injection"] > 0
-    # of features alone there are more: 9 layers, two forwards, 6 operations
-    assert found[12]["rounding"] - found[3]["rounding"] == 9 * 2 * 6
+    # of features alone there are more: 9 layers, two forwards, 4 operations
+    assert found[12]["rounding"] - found[3]["rounding"] == 9 * 2 * 4
 
 
 def note(ran, name, *_):

@@ -76,21 +76,18 @@ class MiBB(Fault):
             raise ValueError("mibb needs fixed-point features: give a quantization")
         at = hit_positions(plan, values)
         before = storage(values).index_select(0, at)
-        steps = _steps(grid.bits, grid.lo, grid.hi, values.dtype, values.device) * grid.lsb
-        after = steps.index_select(0, plan.codes).add_(before)
-        after = after.clamp_(steps[-2], steps[-1])
-        idle = plan.at is not None or plan.whole
-        return add_at_(values, at, after.sub_(before), None if idle else plan.valid)
+        biases = _biases(grid.bits, values.dtype, values.device).index_select(0, plan.codes)
+        after = torch.addcdiv(biases, before, grid.lsb).clamp_(grid.lo, grid.hi)  # the word: the step is a power of two
+        back = torch.addcmul(before, after, grid.lsb, value=-1)
+        return add_at_(values, at, back, None if plan.at is not None or plan.whole else plan.valid, alpha=-1)
 
 
 @cache
-def _steps(bits: int, lo: int, hi: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return what each code of `MiBB` adds, nothing, and the smallest and the largest word, [2 * bits + 3]."""
+def _biases(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what each code of `MiBB` adds to a word, and nothing for the one after them, [2 * bits + 1]."""
     with torch.inference_mode(False):
         code = torch.arange(2 * bits, device=device)
-        # filled, not copied there, which would wait
-        ends = [torch.full((1,), end, device=device) for end in (0, lo, hi)]
-        return torch.cat([(1 - 2 * (code & 1)) << (code >> 1), *ends]).to(dtype)
+        return torch.cat([(1 - 2 * (code & 1)) << (code >> 1), code.new_zeros(1)]).to(dtype)
 
 
 @FAULTS.register("feature_bit_flip")

@@ -58,10 +58,10 @@ def count_distinct(at: Tensor, chosen: Tensor) -> Tensor:
     return (first & (ordered >= 0)).sum()
 
 
-def add_at_(values: Tensor, at: Tensor, deltas: Tensor, valid: Tensor | None) -> Tensor:
-    """Add ``deltas`` in place at positions of the storage, nothing where not ``valid`` (None: all are)."""
+def add_at_(values: Tensor, at: Tensor, deltas: Tensor, valid: Tensor | None, *, alpha: int = 1) -> Tensor:
+    """Add ``alpha`` times ``deltas`` in place at positions of the storage, nothing where not ``valid`` (None: all)."""
     deltas = deltas if valid is None else torch.where(valid, deltas, 0.0)
-    storage(values).index_add_(0, at, deltas.to(values.dtype))
+    storage(values).index_add_(0, at, deltas.to(values.dtype), alpha=alpha)
     return values
 
 

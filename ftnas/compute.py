@@ -31,12 +31,15 @@ class Compute(Settings):
             NVIDIA GPU round what they multiply to 11 significant bits; None computes in float32.
         fused_rounding: Round by kernels that torch.compile fuses, to the same values. For GPUs: it slows a CPU.
         cuda_graph: Replay the step of a fixed network as one CUDA graph, with the same results. For GPUs alone.
+        cudnn_benchmark: Let cuDNN time its convolutions when it meets a layer, and take the fastest. Which that is may
+            change from run to run, and with it the last bits of what a seed gives. For NVIDIA GPUs alone.
     """
 
     channels_last: bool = False
     autocast: Literal["bf16", "tf32"] | None = None
     fused_rounding: bool = False
     cuda_graph: bool = False
+    cudnn_benchmark: bool = False
 
     def prepare(self, model: nn.Module) -> list[nn.Conv2d]:
         """Put a model's kernels into the memory format; the parameters stay the same objects.
@@ -66,12 +69,14 @@ class Compute(Settings):
     @contextmanager
     def steps(self) -> Iterator[None]:
         """Run steps, forwards and backwards, in the body."""
-        before = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = before or self.autocast == "tf32"
+        flags = torch.backends.cudnn
+        before = flags.allow_tf32, flags.benchmark
+        flags.allow_tf32 = flags.allow_tf32 or self.autocast == "tf32"
+        flags.benchmark = flags.benchmark or self.cudnn_benchmark
         try:
             yield
         finally:
-            torch.backends.cudnn.allow_tf32 = before
+            flags.allow_tf32, flags.benchmark = before
 
     def check(self, formats: Sequence[FixedPoint | FloatFormat], name: str) -> None:
         """Refuse formats of weights and features that ``autocast`` does not hold exactly.
@@ -102,6 +107,8 @@ class Compute(Settings):
             raise ValueError(f"{name}.cuda_graph needs a CUDA device, and this runs on {device}; set it to false")
         if self.autocast == "tf32" and device.type != "cuda":
             raise ValueError(f"{name}.autocast=tf32 needs a CUDA device, and this runs on {device}; set it to null")
+        if self.cudnn_benchmark and device.type != "cuda":
+            raise ValueError(f"{name}.cudnn_benchmark needs a CUDA device, and this runs on {device}; set it to false")
 
 
 def _overruns(layer: nn.Conv2d) -> bool:

@@ -64,6 +64,7 @@ COMPUTE = {
     "tf32": {"autocast": "tf32"},
     "fused": {"fused_rounding": True},
     "graph": {"cuda_graph": True},
+    "benchmark": {"cudnn_benchmark": True},
 }
 
 
@@ -299,7 +300,7 @@ def main() -> None:
         nargs="+",
         default=["plain"],
         metavar="VARIANT",
-        help="plain, or some of channels_last, bf16, tf32, fused and graph joined by + (default: plain)",
+        help=f"plain, or some of {', '.join(COMPUTE)} joined by + (default: plain)",
     )
     parser.add_argument("--only", nargs="+", choices=[*SEARCHES, *TRAININGS], help="(default: all)")
     parser.add_argument(

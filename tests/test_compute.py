@@ -212,6 +212,25 @@ def test_tf32_is_for_steps_alone_and_for_words_that_it_holds():
         compute.check_device(torch.device("cpu"), "x", obstacle=None)
 
 
+def test_cudnn_times_its_convolutions_in_steps_alone():
+    compute, flags = Compute(cudnn_benchmark=True), torch.backends.cudnn
+    before = flags.benchmark
+    try:
+        for held in (False, True):
+            flags.benchmark = held
+            with pytest.raises(KeyError), compute.steps():
+                assert flags.benchmark
+                raise KeyError
+            assert flags.benchmark is held
+            with Compute().steps():
+                assert flags.benchmark is held
+    finally:
+        flags.benchmark = before
+    compute.check_device(torch.device("cuda"), "x", obstacle=None)
+    with pytest.raises(ValueError, match=r"x\.cudnn_benchmark needs a CUDA device, and this runs on cpu; set it to f"):
+        compute.check_device(torch.device("cpu"), "x", obstacle=None)
+
+
 def test_runs_compute_in_float32_and_the_same_every_time():
     flags = torch.backends.cudnn
     before = flags.allow_tf32, flags.deterministic

@@ -377,6 +377,7 @@ def test_what_decides_the_result_decides_the_hash(tmp_path):
     same = [
         "name=other",
         "train.recipe.compute.fused_rounding=true",
+        "train.recipe.compute.cudnn_benchmark=true",
         "data.root=null",
         "campaign.devices=3",
         "train.models.c={baseline: vgg16}",

@@ -97,7 +97,7 @@ class Overlapped(InTurn):
 class Branches(InTurn):
     """Two parts on two streams of a GPU; results are those of one after the other, bit for bit.
 
-    Layer by layer the second waits for the first: BatchNorms move their running statistics in turn, and a weight that
+    Layer by layer the second waits for the first, and in the first step for all of it: BatchNorms move their running statistics in turn, and a weight that
     is read by itself is rounded once, for both.
 
     Args:
@@ -110,6 +110,7 @@ class Branches(InTurn):
         self._device = next(model.parameters()).device
         self._side = torch.cuda.Stream(self._device)
         self._passed: dict[nn.Module, torch.cuda.Event] = {}
+        self._is_first_step = True
         # on purpose: gradients of the second part come from its stream
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
 
@@ -129,6 +130,9 @@ class Branches(InTurn):
             yield
             return
         self._side.wait_event(self._passed[self._model])
+        if self._is_first_step:  # in which the first part makes tables and numbers that both read from then on
+            self._side.wait_stream(torch.cuda.current_stream(self._device))
+            self._is_first_step = False
         waits = (layer.register_forward_pre_hook(self._wait) for layer in self._layers)
         with _removed(*waits), torch.cuda.stream(self._side):
             yield

@@ -94,6 +94,9 @@ def test_the_second_part_waits_layer_by_layer_for_the_first(notes):
     # the first step looks for the feature points too, within its first forward
     starts = [number + 1 for number, note in enumerate(notes) if note[1:] == ("join", "side")][1::2]
     assert len(starts) == 3
+    # what the first part of the first step made is there before the second part
+    asked = [note[1] for note in notes if note[0] == "side"]
+    assert asked[:3] == ["wait", "join", "wait"] and asked.count("join") == 1
     for start, end in itertools.pairwise(starts):
         assert notes[start:end] == [
             *[("main", "record")] * 6,  # as the model begins, and after two norms and three layers with weights

@@ -97,8 +97,8 @@ class Overlapped(InTurn):
 class Branches(InTurn):
     """Two parts on two streams of a GPU; results are those of one after the other, bit for bit.
 
-    Layer by layer the second waits for the first, and in the first step for all of it: BatchNorms move their running statistics in turn, and a weight that
-    is read by itself is rounded once, for both.
+    Layer by layer the second waits for the first, and in the first step for all of it: BatchNorms move their running
+    statistics in turn, and a weight that is read by itself is rounded once, for both.
 
     Args:
         model: On a GPU, from images to logits, inside an injection; the parts run within its ``weights_shared()``.

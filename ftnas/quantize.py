@@ -150,7 +150,7 @@ class FixedPoint(Settings):
             return Rounded(rounding.to_multiples(values, lsb, self.bits, out=out), None, grid)
         return self._in_passes(values, grid, need_inside, out)
 
-    def at_once(self, x: Tensor) -> Tensor | None:
+    def at_once(self, x: Tensor) -> Rounded | None:
         """Return what `quantize` gives where that is one operation, which has its own gradient; None elsewhere.
 
         A GPU waits for Python: float32 tensors of any shape with a free range are rounded there without more of it.
@@ -159,7 +159,8 @@ class FixedPoint(Settings):
         if not alone or devices.is_readable(x.device):
             return None
         largest = torch.linalg.vector_norm(x.detach(), math.inf)
-        return rounding.at_once(x, rounding.step_of(largest, self.bits), self._limits)[0]
+        lsb = rounding.step_of(largest, self.bits)
+        return Rounded(*rounding.at_once(x, lsb, self._limits), self.grid_of(lsb))
 
     def _in_passes(self, x: Tensor, grid: Grid, need_inside: bool, out: Tensor | None = None) -> Rounded:
         return Rounded(*rounding.in_passes(x, grid.lsb, self._limits, need_inside=need_inside, out=out), grid)

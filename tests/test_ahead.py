@@ -170,7 +170,8 @@ def test_plans_replayed_give_the_same_answers(training):
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("mask", [False, True])
-def test_a_step_is_that_of_its_plans(mask, last):
+@pytest.mark.parametrize("readable", [False, True])
+def test_a_step_is_that_of_its_plans(mask, last, readable, monkeypatch):
     found = []
     model = Net()
     if last:
@@ -185,9 +186,10 @@ def test_a_step_is_that_of_its_plans(mask, last):
             losses = FaultTolerantLoss(model, alpha_l=0.5)(model, injection, given, torch.arange(4))
             losses.total.backward()
             plans = injection.plans()
+        monkeypatch.setattr(devices, "is_readable", lambda _device: readable)  # where rounding goes another way
         found.append([losses.clean, losses.faulty, *(p.grad for p in model.parameters())])
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+    tolerance = 1e-6 if readable else 0.0  # gradients of weights that are read one by one come in another order
+    torch.testing.assert_close(*found, rtol=tolerance, atol=tolerance)
 
 
 def test_hits_are_counted_by_layer():

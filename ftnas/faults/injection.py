@@ -63,9 +63,8 @@ class Injection:
         self._layers = find_layers(model)
         self._faults = tuple(faults)
         self._weight_format, self._feature_format = formats
-        self.drawings = drawings
+        self.drawings, self.outages = drawings, outages
         self._weights, self._features, self._buffers = drawings
-        self.outages = outages
         rounds = any(placed.fault.needs_quantization for placed in self._buffers.placed)
         self._buffer_format = self._feature_format if rounds else None
         self._mask_gradients, self._watch = mask_gradients, Watch() if watch else None
@@ -233,8 +232,7 @@ class Injection:
         if self._running and self._activations is not None:
             self._activations.__exit__(None, None, None)
             self._activations.clear()
-        self._running = False
-        self.together.ready = {}
+        self._running, self.together.ready = False, {}
         self._ahead.end()
 
     def _check_met(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -267,17 +265,19 @@ class Injection:
         met = not self._paused and self._features.hits(layer)
         if self._paused and self.shared is not None and self._watch is None:
             self._ahead.note(layer, index, feature, self.shared)
-        if not met and bound is None and limit is None and self._activations is None and self._feature_format:
-            rounded = self._feature_format.at_once(feature)
-            if rounded is not None:
-                return rounded
+        plain = bound is None and limit is None and self._activations is None and not (met and self._mask_gradients)
+        rounded = self._feature_format.at_once(feature) if plain and self._feature_format else None
+        if rounded is not None and not met:
+            return rounded.values
         ours = is_ours(module, feature)
         if bound is not None:
             feature, ours = restrict_range(feature, bound), False
         if limit is not None:
-            feature = within_bound(self._layers[layer], feature, limit, self.tally.count_feature_nan)
-            ours = False
+            feature, ours = within_bound(self._layers[layer], feature, limit, self.tally.count_feature_nan), False
         site = feature_site(layer, self._layers[layer], feature, self._feature_format)
+        if rounded is not None:  # its gradient does not read the values, which are hit in place
+            self._apply(self._features, rounded.values.detach(), site, rounded.grid, index)
+            return rounded.values
         if self._activations is None or not self._points[self._model.training].activated(call):
             return self._store(feature, site, self._feature_format, (self._features, self._buffers), index, ours, limit)
         stored = self._store(feature, site, self._feature_format, (self._features,), index, ours, limit)

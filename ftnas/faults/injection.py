@@ -267,7 +267,10 @@ class Injection:
             self._ahead.note(layer, index, feature, self.shared)
         plain = bound is None and limit is None and self._activations is None and not (met and self._mask_gradients)
         rounded = self._feature_format.at_once(feature) if plain and self._feature_format else None
-        if rounded is not None and not met:
+        if rounded is not None:
+            if met:  # the gradient of rounding does not read the values, which are hit in place
+                site = feature_site(layer, self._layers[layer], feature, self._feature_format)
+                self._apply(self._features, rounded.values.detach(), site, rounded.grid, index)
             return rounded.values
         ours = is_ours(module, feature)
         if bound is not None:
@@ -275,9 +278,6 @@ class Injection:
         if limit is not None:
             feature, ours = within_bound(self._layers[layer], feature, limit, self.tally.count_feature_nan), False
         site = feature_site(layer, self._layers[layer], feature, self._feature_format)
-        if rounded is not None:  # its gradient does not read the values, which are hit in place
-            self._apply(self._features, rounded.values.detach(), site, rounded.grid, index)
-            return rounded.values
         if self._activations is None or not self._points[self._model.training].activated(call):
             return self._store(feature, site, self._feature_format, (self._features, self._buffers), index, ours, limit)
         stored = self._store(feature, site, self._feature_format, (self._features,), index, ours, limit)

@@ -186,20 +186,27 @@ def test_wider_words_than_bfloat16_holds_are_refused():
     Compute(autocast="bf16").check(Hardware(fault=WeightBitFlip(bit_error_rate=0.1, dtype="bf16")).formats(), "x")
 
 
-def test_tf32_is_for_steps_alone_and_for_words_that_it_holds():
-    compute, flags = Compute(autocast="tf32"), torch.backends.cudnn
-    before = flags.allow_tf32
+@pytest.mark.parametrize(
+    ("compute", "flag"), [(Compute(autocast="tf32"), "allow_tf32"), (Compute(cudnn_benchmark=True), "benchmark")]
+)
+def test_what_cudnn_may_do_is_for_steps_alone(compute, flag):
+    flags = torch.backends.cudnn
+    before = getattr(flags, flag)
     try:
         for held in (False, True):
-            flags.allow_tf32 = held
+            setattr(flags, flag, held)
             with pytest.raises(KeyError), compute.steps():
-                assert flags.allow_tf32
+                assert getattr(flags, flag)
                 raise KeyError
-            assert flags.allow_tf32 is held
+            assert getattr(flags, flag) is held
             with Compute(autocast="bf16").steps():
-                assert flags.allow_tf32 is held
+                assert getattr(flags, flag) is held
     finally:
-        flags.allow_tf32 = before
+        setattr(flags, flag, before)
+
+
+def test_tf32_is_for_words_that_it_holds():
+    compute = Compute(autocast="tf32")
     for bits in (11, 12):
         form = Hardware(quantization=Quantization(weights=FixedPoint(bits=bits))).formats()
         with pytest.raises(ValueError, match="tf32 holds words of up to 11") if bits > 11 else nullcontext():
@@ -212,20 +219,8 @@ def test_tf32_is_for_steps_alone_and_for_words_that_it_holds():
         compute.check_device(torch.device("cpu"), "x", obstacle=None)
 
 
-def test_cudnn_times_its_convolutions_in_steps_alone():
-    compute, flags = Compute(cudnn_benchmark=True), torch.backends.cudnn
-    before = flags.benchmark
-    try:
-        for held in (False, True):
-            flags.benchmark = held
-            with pytest.raises(KeyError), compute.steps():
-                assert flags.benchmark
-                raise KeyError
-            assert flags.benchmark is held
-            with Compute().steps():
-                assert flags.benchmark is held
-    finally:
-        flags.benchmark = before
+def test_cudnn_times_its_convolutions_on_a_gpu_alone():
+    compute = Compute(cudnn_benchmark=True)
     compute.check_device(torch.device("cuda"), "x", obstacle=None)
     with pytest.raises(ValueError, match=r"x\.cudnn_benchmark needs a CUDA device, and this runs on cpu; set it to f"):
         compute.check_device(torch.device("cpu"), "x", obstacle=None)

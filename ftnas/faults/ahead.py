@@ -1,10 +1,10 @@
 """The faults of all features of a forward, drawn at once.
 
 A GPU waits for Python where each of a hundred features draws by operations of its own. A training step, or the score of
-a candidate, begins with a forward without faults, which shows what tensors the next one will meet: they are drawn for
-end to end, each operation asked for once. The numbers are hashes of the draw, the tensor and a count (SplitMix64,
-Steele et al. 2014), so that what hits a tensor does not depend on what else is drawn for: candidates that share a layer
-meet the same faults there.
+a candidate, begins with a forward without faults, which shows what tensors the next one will meet: these are laid end
+to end and drawn for, each operation asked for once. The numbers are hashes of the draw, the tensor and a count
+(SplitMix64, Steele et al. 2014), so that what hits a tensor does not depend on what else is drawn for: candidates that
+share a layer meet the same faults there.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ class Ahead:
         seed = self._drawing.seed_of(placed, draw, integers.device)
         sites, codes, at, hits = walks(integers[:, 0] ^ seed, integers[:, 1], reals, sum(lengths))
         parts = zip(tensors, sites.split(lengths), codes.split(lengths), at.split(lengths), strict=True)
-        for tensor, *own in parts:
-            (population, rate, _), (its_sites, its_codes, its_at) = tensor.uniform, own
+        for tensor, its_sites, its_codes, its_at in parts:
+            population, rate, _ = tensor.uniform
             plan = Plan(its_sites, its_codes, population, rate, tensor.site.shape, at=its_at)
             self._drawing.ready[tensor.key] = plan
         self._drawn.append(_Drawn(placed, tensors, hits, integers[:, 2]))

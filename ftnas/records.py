@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ftnas.settings import Rate, first_problem
 from ftnas.stats import (
     Interval,
+    decisive,
     hierarchical_bootstrap,
     hierarchical_paired_difference,
     mean_interval,
@@ -114,13 +115,12 @@ class Difference:
     @property
     def shown(self) -> Interval:
         """The interval that tables and sentences give: over training seeds, unless the other alone includes zero."""
-        intervals = [interval for interval in (self.over_seeds, self.interval) if interval is not None]
-        return next((interval for interval in intervals if not _side(interval)), intervals[0])
+        return self.interval if self.over_seeds is None else decisive((self.over_seeds, self.interval))
 
     @property
     def verdict(self) -> int:
         """1 or -1 where every interval excludes zero on that side; 0 where one includes it or there is none."""
-        return _side(self.shown)
+        return self.shown.side
 
 
 @dataclass(kw_only=True)
@@ -229,11 +229,6 @@ class Comparison:
         return Difference(
             fault=fault, rate=rate, model=model, reference=reference, interval=interval, over_seeds=over_seeds
         )
-
-
-def _side(interval: Interval) -> int:
-    """Return 1 for an interval above zero, -1 for one below it, else 0."""
-    return int(interval.low > 0) - int(interval.high < 0)
 
 
 def _device_means(array: np.ndarray) -> np.ndarray:

@@ -38,6 +38,16 @@ class Interval:
     method: str
     level: float = 0.95
 
+    @property
+    def side(self) -> int:
+        """1 where it lies above zero, -1 where below, 0 where it includes zero or has no bounds."""
+        return int(self.low > 0) - int(self.high < 0)
+
+
+def decisive(intervals: Sequence[Interval]) -> Interval:
+    """Return the interval that decides about a difference: the first that does not exclude zero, else the first."""
+    return next((interval for interval in intervals if not interval.side), intervals[0])
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankCorrelation:

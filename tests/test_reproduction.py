@@ -1,7 +1,9 @@
 """Reproduction of tables: claims on made records, published figures, and one tiny table from end to end."""
 
+import fnmatch
 import json
 import runpy
+import shlex
 import shutil
 import signal
 import sys
@@ -19,13 +21,16 @@ from test_report import make_records, write
 from ftnas import FixedPoint, inject
 from ftnas.records import read_comparison
 from ftnas.reproduction import jobs, ranges, runner, stacks
-from ftnas.reproduction.orderings import check
+from ftnas.reproduction.orderings import Pair, check
 from ftnas.reproduction.result import Outcome, collect, to_markdown
 from ftnas.reproduction.result import write as write_result
 from ftnas.reproduction.runner import run
+from ftnas.reproduction.runs import earlier_results
 from ftnas.reproduction.study import Ordering, Scale, Study, plan, read_published, read_scale, read_study, study_names
 from ftnas.settings import parse
 from ftnas.shipped import find_file
+from ftnas.stats import Interval
+from ftnas.storage import read_journal
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "reproduce.py"
 FAULT = {"name": "mibb", "mac_error_rate": 1e-3}
@@ -106,6 +111,17 @@ def test_a_claim_needs_the_interval_over_seeds_and_not_devices_alone(tmp_path):
     pair = check(study_of("ab", [claim("b", "a")], rates=(1e-4,)), comparison, scale="full", published={})[0].pairs[0]
     assert pair.over_seeds is None and pair.interval.method == "paired Student t"
     assert pair.interval.mean == pytest.approx(-0.05)
+
+
+def test_a_table_gives_the_interval_that_leaves_a_claim_undecided():
+    found = Interval(mean=0.02, low=0.01, high=0.03, num=3, method="Welch's t")
+    other = Interval(mean=0.02, low=-0.01, high=0.05, num=3, method="bootstrap")
+    pair = partial(Pair, better="a", worse="b", verdict="undecided", published=None)
+    assert pair(interval=other, over_seeds=found).shown is other
+    assert pair(interval=found, over_seeds=other).shown is other
+    assert pair(interval=found, over_seeds=found).shown is found
+    assert pair(interval=found, over_seeds=None).shown is found
+    assert pair(interval=None, over_seeds=None).shown is None
 
 
 def test_one_training_of_each_decides_no_claim_of_sameness(tmp_path):
@@ -488,6 +504,106 @@ def test_runs_of_other_images_are_refused(tmp_path, capsys, monkeypatch):
     assert code == 2 and error.startswith("error: ") and "(a, seed 1)" in error and "different training images" in error
 
 
+def study_script(folder, capsys):
+    """Return a function that runs the script on the tiny study: (exit code, last line of a mistake, or the output)."""
+    (folder / "study.yaml").write_text(yaml.safe_dump(tiny_study(folder).model_dump(mode="json")))
+
+    def reproduce(cache, *arguments):
+        common = ("--cache", cache, "--scale", "full", "--seeds", 0, 1)
+        code, out, err = script(capsys, folder / "study.yaml", *common, *arguments)
+        return code, err.splitlines()[-1] if code else out
+
+    return reproduce
+
+
+def test_a_table_joins_what_was_run_in_several_places(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ftnas.reproduction.study.read_scale", lambda _: TINY)
+    reproduce = study_script(tmp_path, capsys)
+    here, there, one = (tmp_path / name for name in ("here", "there", "one"))
+    code, table = reproduce(there, "--row", "a*")
+    assert code == 0 and "| b | ours |  |  | not run | not run |" in table, table
+    earlier = ("--earlier", there / "tiny-full")
+
+    code, listed = reproduce(here, "--dry-run", *earlier)
+    assert code == 0
+    assert ["known from an earlier result" in line for line in listed.splitlines()] == [True, True, False, False]
+    code, joined = reproduce(here, *earlier)
+    assert code == 0 and sum(path.name.startswith("train-") for path in here.iterdir()) == 2  # of b alone
+    assert "- From an earlier result, by the hashes of its runs: a (seed 0), a (seed 1)." in joined
+    code, whole = reproduce(one)
+    cells = [
+        [line for line in text.splitlines() if "| ours | " in line and "claim" not in line] for text in (joined, whole)
+    ]
+    assert code == 0 and len(cells[0]) == 2 and cells[0] == cells[1]
+    claims = [json.loads((cache / "tiny-full" / "result.json").read_text())["orderings"] for cache in (here, one)]
+    welch = [claim[0]["pairs"][0]["over_seeds"] for claim in claims]
+    assert welch[0] == welch[1] and welch[0]["low"] is not None
+    lines = [read_journal(cache / "tiny-full" / "runs.jsonl")[0] for cache in (here, one, there)]
+    for key in ("row", "training", "measurements", "params", "flops", "num_images", "test_digest", "accuracy"):
+        assert [line[key] for line in lines[0]] == [line[key] for line in lines[1]]
+    assert lines[0][:2] == lines[2]
+    spent = json.loads((here / "tiny-full" / "result.json").read_text())
+    total = sum(line["train_cpu_s"] + line["measure_cpu_s"] for line in lines[0])
+    assert spent["cpu_s_is_all"] and spent["cpu_s"] == pytest.approx(total, abs=0.3)
+
+    # a joint result is one to join, too; the cache has what it did not have, and what it has itself comes first
+    code, again = reproduce(tmp_path / "empty", "--report", "--earlier", here / "tiny-full")
+    assert code == 0 and all(line in again.splitlines() for line in cells[0])
+    assert reproduce(one, *earlier) == (0, whole)
+
+
+def test_earlier_results_that_do_not_fit_are_told_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ftnas.reproduction.study.read_scale", lambda _: TINY.model_copy(update={"images": 8}))
+    roots = {name: image_folders(tmp_path / name, base) for name, base in (("dark", 0), ("light", 200))}
+    data = {name: f"data={{name: image_folder, root: '{root}'}}" for name, root in roots.items()}
+    reproduce = study_script(tmp_path, capsys)
+    there, here = tmp_path / "there", tmp_path / "here"
+    assert reproduce(there, "--row", "a", data["dark"])[0] == 0
+    result = there / "tiny-full"
+
+    def refused(*arguments, cache=here, images="dark"):
+        code, error = reproduce(cache, *arguments, data[images])
+        assert code == 2 and error.startswith("error: "), error
+        return error
+
+    assert "no row is called 'c'; there is: a; b" in refused("--row", "c")
+    assert "--report runs nothing" in refused("--row", "a", "--report")
+    assert "none of its runs is one of this study" in refused("--earlier", result, "train.recipe.lr=0.01")
+    assert "no result is there" in refused("--earlier", there)
+    assert "give another --out" in refused("--earlier", result, cache=there)
+    assert not here.exists()
+
+    assert "different test images" in refused("--earlier", result, images="light")
+
+    runs = (result / "runs.jsonl").read_text()
+    (result / "runs.jsonl").write_text(runs.replace('"num_images": 8', '"num_images": 0'))
+    assert "runs.jsonl: line 1.num_images: input should be greater" in refused("--earlier", result)
+    (result / "runs.jsonl").write_text(runs[:-5])
+    assert "last line is torn" in refused("--earlier", result)
+
+
+def test_an_earlier_result_is_taken_only_where_it_has_all_that_is_measured(tmp_path):
+    study, settings = tiny_study(tmp_path), TINY.model_copy(update={"seeds": (0,)})
+    common = {"scale": "full", "settings": settings, "cache": tmp_path / "cache"}
+    planned = plan(study, **common)
+    run(planned[:1])
+    out = tmp_path / "out"
+    write_result(collect(study, planned, scale="full", settings=settings, published={}, out=out), out)
+    elsewhere = {**common, "cache": tmp_path / "elsewhere"}
+    assert list(earlier_results([out], plan(study, **elsewhere))) == [planned[0].jobs[0].key]
+    assert earlier_results([out], planned) == {}  # the cache has it
+    assert earlier_results([], planned) == {}
+    fewer = settings.model_copy(update={"devices": 1})
+    known = earlier_results([out], plan(study, **{**elsewhere, "settings": fewer}))
+    assert [len(found.records(planned[0].measurements[0])) for found in known.values()] == [3]
+    for wider in (
+        plan(study, **{**elsewhere, "settings": settings.model_copy(update={"devices": 3})}),
+        plan(tiny_study(tmp_path, rates=(1e-3, 2e-3)), **elsewhere),
+    ):
+        with pytest.raises(ValueError, match="measured to the end"):
+            earlier_results([out], wider)
+
+
 def test_a_measurement_that_noted_no_digest_is_taken(tmp_path):
     study, cache = tiny_study(tmp_path), tmp_path / "cache"
     planned = plan(study, scale="full", settings=TINY.model_copy(update={"seeds": (0,)}), cache=cache)[:1]
@@ -515,7 +631,7 @@ def test_another_process_at_a_run_is_waited_for(tmp_path, monkeypatch):
     jobs_in_use = runner.InUseError("in use")
     monkeypatch.setattr(runner, "train", busy_once)
     monkeypatch.setattr(runner, "measure", lambda *_: None)
-    monkeypatch.setattr(runner, "missing", lambda *_: 0)
+    monkeypatch.setattr(jobs, "missing", lambda *_: 0)
     monkeypatch.setattr(runner, "_PATIENCE_S", 0.0)
     run(planned)
     assert len(tries) == 8
@@ -559,17 +675,21 @@ def test_the_script_explains_a_mistake_in_one_line(capsys):
 def documented_lines():
     lines = (SCRIPT.parent.parent / "docs" / "reproduction.md").read_text().splitlines()
     start = "python scripts/reproduce.py "
-    return [line.removeprefix(start).split("#")[0].split() for line in lines if line.startswith(start)]
+    return [shlex.split(line.removeprefix(start), comments=True) for line in lines if line.startswith(start)]
 
 
 @pytest.mark.parametrize("arguments", documented_lines(), ids=" ".join)
 def test_documented_lines_are_understood(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("FTNAS_CIFAR10_FOLDERS", str(tmp_path))
     arguments = [part for part in arguments if part not in ("--dry-run", "--report")]
+    if "--earlier" in arguments:  # a folder of the reader
+        del arguments[(place := arguments.index("--earlier")) : place + 2]
     code, out, err = script(capsys, *arguments, "--dry-run", "--cache", tmp_path)
     assert code == 0, err
     seeds = len(read_scale("full" if "full" in arguments else "small").seeds)
-    assert len(out.splitlines()) == seeds * len(read_study(arguments[0]).rows)
+    pattern = arguments[arguments.index("--row") + 1] if "--row" in arguments else "*"
+    rows = fnmatch.filter([row.name for row in read_study(arguments[0]).rows], pattern)
+    assert rows and len(out.splitlines()) == seeds * len(rows)
 
 
 def test_dry_run_prints_runs_of_the_papers_size_and_runs_nothing(capsys, tmp_path):

@@ -6,13 +6,14 @@ Hashes of runs leave out where the images lie, which may change; the digest of t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from ftnas.data import DataConfig, load
 from ftnas.reproduction.jobs import TEST_DIGEST, Job, Measurement, test_images
+from ftnas.reproduction.runs import Run
 from ftnas.reproduction.study import Planned
 
 
@@ -43,22 +44,37 @@ def check_images(entry: Planned, index: int) -> None:
             )
 
 
-def check_agreement(planned: Sequence[Planned]) -> None:
+def check_agreement(planned: Sequence[Planned], earlier: Mapping[str, Run] | None = None) -> None:
     """Check that all runs of a study that took the same data set took the same images; reads no image.
+
+    Args:
+        planned: The runs.
+        earlier: What is known of others: hash of the training -> its line of ``runs.jsonl``.
 
     Raises:
         ValueError: One line: two runs that did not.
     """
-    first: dict[_Part, tuple[Path, str]] = {}
+    first: dict[_Part, tuple[str, str]] = {}
     for entry in planned:
         for job in entry.jobs:
-            for folder, part, noted in _noted(job, entry.measurements):
-                other, digest = first.setdefault(part, (folder, noted))
+            for where, part, noted in _of_row(entry, job, earlier or {}):
+                other, digest = first.setdefault(part, (where, noted))
                 if digest != noted:
                     raise ValueError(
-                        f"{folder} ({entry.row.name}, seed {job.seed}) and {other} were made with different "
-                        f"{part.kind} images, which no table compares; give another --cache, and make them anew"
+                        f"{where} and {other} were made with different {part.kind} images, which no table compares; "
+                        "give another --cache, and make them anew"
                     )
+
+
+def _of_row(entry: Planned, job: Job, earlier: Mapping[str, Run]) -> Iterator[tuple[str, _Part, str]]:
+    """Yield, for one training of a row, each run in words that noted a digest, of which images, and the digest."""
+    name, run = f"{entry.row.name}, seed {job.seed}", earlier.get(job.key)
+    if run is None:
+        for folder, part, noted in _noted(job, entry.measurements):
+            yield f"{folder} ({name})", part, noted
+    elif run.test_digest is not None:
+        for images in {found.images for found in entry.measurements}:
+            yield f"the earlier result of {name}", _Part(job.config.data, "test", images), run.test_digest
 
 
 @lru_cache

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -287,6 +287,11 @@ def missing(job: Job, measurement: Measurement) -> int:
     rates = set(measurement.sweep.rates) - {0.0}
     found = {(line["rate"], line["device"]) for line in records(job, measurement)}
     return 1 + len(rates) * measurement.devices - len(found)
+
+
+def finished(job: Job, measurements: Sequence[Measurement]) -> bool:
+    """Tell whether a network is trained and all sweeps of it are measured."""
+    return trained(job) and not any(missing(job, measurement) for measurement in measurements)
 
 
 def cost(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ftnas.records import Comparison
 from ftnas.reproduction.study import Ordering, PublishedTable, Reference, Study, StudySweep, rates_at
-from ftnas.stats import Interval, hierarchical_paired_difference, paired_difference, seed_difference
+from ftnas.stats import Interval, decisive, hierarchical_paired_difference, paired_difference, seed_difference
 
 Verdict = Literal["holds", "reversed", "undecided", "not run"]
 
@@ -39,8 +39,10 @@ class Pair:
 
     @property
     def shown(self) -> Interval | None:
-        """The interval that tables give: over training seeds where there are several."""
-        return self.over_seeds or self.interval
+        """The interval that tables give: over training seeds, unless the other alone includes zero."""
+        if self.over_seeds is None or self.interval is None:
+            return self.interval
+        return decisive((self.over_seeds, self.interval))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,8 @@ def _pair(
     if first is None or second is None:
         return Pair(better=better, worse=worse, verdict="not run", interval=None, over_seeds=None, published=published)
     over_seeds = None
+    if first.shape[1:] != second.shape[1:]:  # the images of one side were not kept
+        first, second = (side.reshape(*side.shape[:2], -1).mean(axis=2) for side in (first, second))
     if len(first) == len(second) == 1:
         means = (side[0].reshape(side.shape[1], -1).mean(axis=1) for side in (first, second))
         interval = paired_difference(*means)
@@ -142,8 +146,8 @@ def _pair(
         interval = hierarchical_paired_difference(first, second)
         over_seeds = seed_difference(first, second)
     intervals = [interval] if over_seeds is None else [interval, over_seeds]
-    above, below = all(found.low > 0 for found in intervals), all(found.high < 0 for found in intervals)
-    verdict: Verdict = "holds" if above else "reversed" if below else "undecided"
+    sides = {found.side for found in intervals}
+    verdict: Verdict = "holds" if sides == {1} else "reversed" if sides == {-1} else "undecided"
     if same and verdict != "undecided":  # two trainings differ by chance, whatever distinguishes them
         verdict = "undecided" if over_seeds is None else "reversed"
     return Pair(

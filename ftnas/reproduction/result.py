@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ftnas.records import Comparison, is_known, nothing_compared, read_comparison
 from ftnas.reproduction import figures
-from ftnas.reproduction.jobs import cost, machine, records, trained, trained_for
+from ftnas.reproduction.jobs import records, trained, trained_for
 from ftnas.reproduction.orderings import Pair, Result, check
+from ftnas.reproduction.runs import FILE, Cost, Run, runs, total_cost
 from ftnas.reproduction.study import Planned, PublishedTable, Scale, Study, StudySweep, rates_at
 from ftnas.stats import Interval
 from ftnas.storage import atomic_write
@@ -39,6 +40,7 @@ class Outcome:
         comparison: All records; models are called as the rows.
         results: The orderings.
         published: The published tables.
+        earlier: Hash of a training -> what an earlier result knows of it, which stands for the runs of the cache.
     """
 
     study: Study
@@ -48,6 +50,7 @@ class Outcome:
     comparison: Comparison
     results: Sequence[Result]
     published: Mapping[str, PublishedTable]
+    earlier: Mapping[str, Run] = field(default_factory=dict)
 
     def interval(self, name: str, sweep: StudySweep, rate: float) -> Interval | None:
         """Return our accuracy at a published rate: over training seeds where there are several, else over devices."""
@@ -82,13 +85,9 @@ class Outcome:
         return any(len(seeds) == 1 for seeds in measured)
 
     @property
-    def cost(self) -> tuple[float, list[str]]:
-        """Processor time of all runs of the study in seconds (shared ones too), and the machines they ran on."""
-        jobs = [(job, entry) for entry in self.planned for job in entry.jobs]
-        folders = {job.folder for job, _ in jobs} | {job.search_folder for job, _ in jobs if job.searches}
-        folders |= {job.measure_folder(found) for job, entry in jobs for found in entry.measurements}
-        spent = [cost(folder) for folder in folders]
-        return sum(s["cpu_s"] for s in spent), sorted({name for s in spent for name in s["machines"]}) or [machine()]
+    def cost(self) -> Cost:
+        """What all runs of the study took (shared ones too)."""
+        return total_cost(self.planned, self.earlier)
 
 
 def collect(
@@ -99,6 +98,7 @@ def collect(
     settings: Scale,
     published: Mapping[str, PublishedTable],
     out: Path,
+    earlier: Mapping[str, Run] | None = None,
 ) -> Outcome:
     """Join the records of all rows in ``out/records.jsonl``, and compare them.
 
@@ -109,7 +109,9 @@ def collect(
         settings: What it changes.
         published: The published tables.
         out: Folder of the result, made when missing.
+        earlier: What earlier results know of runs that the cache does not have.
     """
+    earlier = earlier or {}
     out.mkdir(parents=True, exist_ok=True)
     lines: list[dict[str, Any]] = []
     for entry in planned:
@@ -117,7 +119,8 @@ def collect(
             for measurement in entry.measurements:
                 # the rate protocol may end at another rate for each seed, and the row is one all the same
                 same = {"model": entry.row.name, "training": entry.row.name}
-                lines += [{**line, **same} for line in records(job, measurement)]
+                found = earlier[job.key].records(measurement) if job.key in earlier else records(job, measurement)
+                lines += [{**line, **same} for line in found]
     atomic_write(out / RECORDS, "".join(json.dumps(line) + "\n" for line in lines).encode())
     comparison = read_comparison(out / RECORDS) if lines else nothing_compared()
     results = check(study, comparison, scale=scale, published=published)
@@ -129,6 +132,7 @@ def collect(
         comparison=comparison,
         results=results,
         published=published,
+        earlier=earlier,
     )
 
 
@@ -141,7 +145,8 @@ def write(outcome: Outcome, out: Path) -> str:
     atomic_write(out / "table.md", text.encode())
     atomic_write(out / "table.csv", to_csv(_lines(outcome)).encode())
     atomic_write(out / "result.json", (json.dumps(_plain(outcome), indent=1) + "\n").encode())
-    atomic_write(out / "runs.jsonl", "".join(json.dumps(line) + "\n" for line in _runs(outcome)).encode())
+    found = [run.model_dump(mode="json", exclude_none=True) for run in runs(outcome.planned, outcome.earlier)]
+    atomic_write(out / FILE, "".join(json.dumps(run) + "\n" for run in found).encode())
     return text
 
 
@@ -157,14 +162,31 @@ def to_markdown(outcome: Outcome) -> str:
         lines += _orderings(outcome.results)
     lines += [f"- {entry.row.name}: {entry.row.note}" for entry in outcome.planned if entry.row.note]
     lines += [f"- {row}: the rate protocol kept {rates}." for row, rates in _kept_rates(outcome).items()]
+    lines += _taken(outcome)
     return "\n".join([*lines, "", *_how(outcome)]) + "\n"
+
+
+def _taken(outcome: Outcome) -> list[str]:
+    """Return a line on what earlier results were taken for."""
+    found = [
+        f"{entry.row.name} (seed {job.seed})"
+        for entry in outcome.planned
+        for job in entry.jobs
+        if job.key in outcome.earlier
+    ]
+    return [f"- From an earlier result, by the hashes of its runs: {', '.join(found)}."] if found else []
 
 
 def _kept_rates(outcome: Outcome) -> dict[str, str]:
     """Return, by row, the training rate that the rate protocol kept for each seed."""
     kept = {}
     for entry in outcome.planned:
-        found = [(job.seed, trained_for(job)) for job in entry.jobs if job.by_rate_protocol and trained(job)]
+        protocol = [job for job in entry.jobs if job.by_rate_protocol]
+        found = [
+            (job.seed, outcome.earlier[job.key].trained_for if job.key in outcome.earlier else trained_for(job))
+            for job in protocol
+            if job.key in outcome.earlier or trained(job)
+        ]
         if found:
             kept[entry.row.name] = ", ".join(f"{rate} (seed {seed})" for seed, rate in found)
     return kept
@@ -245,7 +267,7 @@ def _signed(interval: Interval) -> str:
 
 def _how(outcome: Outcome) -> list[str]:
     settings = outcome.settings
-    seconds, machines = outcome.cost
+    spent = outcome.cost
     seeds = sorted({seed for model in outcome.comparison.models for seed in model.seeds})
     alone = [entry.row.name for entry in outcome.planned if outcome.has_one_seed(entry.row.name)]
     over_devices = "over devices, which tells nothing of new trainings"
@@ -270,7 +292,8 @@ def _how(outcome: Outcome) -> list[str]:
         f"for all networks; {outcome.comparison.num_images} test images. Intervals: {how}. {claim} Intervals are not "
         "corrected for their number.",
         "",
-        f"Processor time of all runs: {seconds / 60:.1f} minutes ({'; '.join(machines)}). Config hashes and the "
+        f"Processor time of all runs: {'' if spent.is_all else 'at least '}{spent.cpu_s / 60:.1f} minutes "
+        f"({'; '.join(spent.machines)}). Config hashes and the "
         "accuracy of each seed and device are in runs.jsonl.",
     ]
 
@@ -296,7 +319,7 @@ def _lines(outcome: Outcome) -> list[list[Any]]:
 
 
 def _plain(outcome: Outcome) -> dict[str, Any]:
-    seconds, machines = outcome.cost
+    spent = outcome.cost
     orderings = [
         {
             "claim": result.ordering.claim,
@@ -316,8 +339,9 @@ def _plain(outcome: Outcome) -> dict[str, Any]:
     return {
         "study": outcome.study.name,
         "scale": {"name": outcome.scale, **scale},
-        "cpu_s": round(seconds, 1),
-        "machines": machines,
+        "cpu_s": round(spent.cpu_s, 1),
+        "cpu_s_is_all": spent.is_all,
+        "machines": spent.machines,
         "orderings": orderings,
     }
 
@@ -327,35 +351,3 @@ def _interval(interval: Interval | None) -> dict[str, Any] | None:
         return None
     plain = asdict(interval)
     return {key: None if isinstance(value, float) and not is_known(value) else value for key, value in plain.items()}
-
-
-def _runs(outcome: Outcome) -> list[dict[str, Any]]:
-    """Return one record a training: hashes, cost, and the accuracy of each device at each rate."""
-    runs = []
-    for entry in outcome.planned:
-        for job in entry.jobs:
-            accuracy: dict[str, dict[str, list[float]]] = {}
-            trained_for = ""
-            for measurement in entry.measurements:
-                for line in records(job, measurement):
-                    trained_for = line["training"]
-                    at_rates = accuracy.setdefault(line["fault"], {})
-                    at_rates.setdefault(f"{line['rate']:g}", []).append(line["accuracy"])
-            if not accuracy:
-                continue
-            spent = cost(job.folder)
-            runs.append(
-                {
-                    "row": entry.row.name,
-                    "seed": job.seed,
-                    "trained_for": trained_for,
-                    "training": job.key,
-                    **({"search": job.search_key} if job.searches else {}),
-                    "measurements": {found.sweep.label: job.measure_key(found) for found in entry.measurements},
-                    "train_cpu_s": spent["cpu_s"],
-                    "train_wall_s": spent["wall_s"],
-                    "commit": spent["commit"],
-                    "accuracy": accuracy,
-                }
-            )
-    return runs

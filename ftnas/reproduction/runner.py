@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from ftnas.progress import say
 from ftnas.reproduction.digests import check_images
-from ftnas.reproduction.jobs import measure, missing, train, trained
+from ftnas.reproduction.jobs import finished, measure, train, trained
 from ftnas.reproduction.study import Planned
 from ftnas.rundir import InUseError
 
 _PATIENCE_S = 5.0
 
 
-def run(planned: Sequence[Planned]) -> None:
+def run(planned: Sequence[Planned], *, known: Container[str] = ()) -> None:
     """Train and measure what is missing, the first seed of all rows first.
 
     What another process is at is left to it, and looked at again when the rest is done.
+
+    Args:
+        planned: Rows with their runs.
+        known: Hashes of trainings that are left out, since what came of them is known.
 
     Raises:
         ValueError: A user's mistake, at once; runs in the cache were made with other images.
@@ -25,10 +29,15 @@ def run(planned: Sequence[Planned]) -> None:
     """
     failures: list[str] = []
     num_seeds = max(len(entry.jobs) for entry in planned)
-    todo = [(entry, index) for index in range(num_seeds) for entry in planned if index < len(entry.jobs)]
+    todo = [
+        (entry, index)
+        for index in range(num_seeds)
+        for entry in planned
+        if index < len(entry.jobs) and entry.jobs[index].key not in known
+    ]
     for unit in todo:
         check_images(*unit)
-    todo = [unit for unit in todo if not finished(*unit)]
+    todo = [(entry, index) for entry, index in todo if not finished(entry.jobs[index], entry.measurements)]
     while todo:
         busy = []
         for entry, index in todo:
@@ -44,12 +53,6 @@ def run(planned: Sequence[Planned]) -> None:
         todo = busy
     if failures:
         raise RuntimeError(f"{len(failures)} trainings failed, the others are done; the last: {failures[-1]}")
-
-
-def finished(entry: Planned, index: int) -> bool:
-    """Tell whether a row is trained from a seed and measured."""
-    job = entry.jobs[index]
-    return trained(job) and not any(missing(job, measurement) for measurement in entry.measurements)
 
 
 def _one(entry: Planned, index: int) -> None:

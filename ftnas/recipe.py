@@ -94,7 +94,8 @@ class TrainConfig(SgdConfig):
         bn_statistics: Which of the two forwards moves the running BatchNorm statistics (measured in
             docs/results/bn-statistics.md); the weights do not depend on it.
         rate_protocol: Training rates to try, as the paper's Table 4 does: the largest whose clean accuracy on the
-            held-out training images is above ``rate_threshold`` is kept. None trains at the hardware's own rate.
+            held-out training images is above ``rate_threshold`` is kept; one at which training diverges is not. None
+            trains at the hardware's own rate.
         holdout: Share of the training images that is held out for the rate protocol.
         regularizers: What is added to the loss, or done to units, against crashes: ``crash_variance``, ``dropout``,
             ``fep`` (``ftnas.regularizers``).

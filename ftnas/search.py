@@ -27,7 +27,7 @@ from ftnas.rng import generator, isolated, seed_for
 from ftnas.rundir import Folder
 from ftnas.settings import Count, Rate
 from ftnas.space import Genotype, Space, Supernet, load_space
-from ftnas.train import CHECKPOINT, FaultTolerantLoss, check_alpha, finite_means, move
+from ftnas.train import CHECKPOINT, FaultTolerantLoss, check_alpha, check_finite, finite_means, move
 from ftnas.workers import open_pool
 
 if TYPE_CHECKING:
@@ -264,6 +264,7 @@ class Search:
                 move(parameters, self._optimizer, config.grad_clip)
                 sums += torch.stack([losses.total, losses.clean, losses.faulty])
         means = finite_means(ranks.total(sums), self._num_steps * ranks.size, where=f"search epoch {epoch}")
+        check_finite(self.supernet, where=f"search epoch {epoch}")
         ranks.check_equal(list(self.supernet.parameters()), where=f"search epoch {epoch}")
         hits = ranks.total(torch.tensor(injection.record.hits, device=images.device)).item()
         lr = float(self._optimizer.param_groups[0]["lr"])

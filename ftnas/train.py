@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -170,7 +171,7 @@ def fit(
     Raises:
         ValueError: ``alpha_l`` above 0 without a fault model, fewer images than one batch, or a regularizer that does
             not fit the model.
-        RuntimeError: The loss became NaN or infinite; the last checkpoint before that is kept.
+        DivergedError: Loss or weights became NaN or infinite; the last checkpoint before that is kept.
     """
     check_alpha(config.alpha_l, hardware, "train.alpha_l")
     optimizer = config.optimizer(model)
@@ -268,6 +269,7 @@ def _epoch(
             added = [losses.penalties[name] for name in names]
             sums += torch.stack([losses.total, losses.clean, losses.faulty, *added])
     total, clean, faulty, *penalties = finite_means(sums, num_steps, where=f"epoch {epoch}")
+    check_finite(model, where=f"epoch {epoch}")
     record = injection.record
     found = {"penalties": dict(zip(names, penalties, strict=True))} if names else {}
     return {
@@ -312,16 +314,36 @@ def move(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, g
     optimizer.step()
 
 
+class DivergedError(RuntimeError):
+    """A training came to NaN or infinite values."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} became NaN or infinite in {where}; lower lr, or clip gradients with grad_clip")
+
+
 def finite_means(sums: Tensor, count: int, *, where: str) -> list[float]:
     """Return sums / count as numbers, read from the device once.
 
     Raises:
-        RuntimeError: One of them is NaN or infinite.
+        DivergedError: One of them is NaN or infinite.
     """
     means = (sums / count).tolist()
-    if not all(value == value and abs(value) != float("inf") for value in means):
-        raise RuntimeError(f"the loss became NaN or infinite in {where}; lower lr, or clip gradients with grad_clip")
+    if not all(map(math.isfinite, means)):
+        raise DivergedError("the loss", where)
     return [float(value) for value in means]
+
+
+def check_finite(model: nn.Module, *, where: str) -> None:
+    """Check what the last step of an epoch left: no loss shows it before the next, and the checkpoint comes between.
+
+    Raises:
+        DivergedError: A parameter or a buffer holds NaN or an infinity.
+    """
+    held = {name: value for name, value in model.state_dict().items() if value.is_floating_point() and value.numel()}
+    finite = torch.stack(torch._foreach_norm(list(held.values()), math.inf)).isfinite().tolist()
+    broken = next((name for name, is_finite in zip(held, finite, strict=True) if not is_finite), None)
+    if broken is not None:
+        raise DivergedError(repr(broken), f"the last step of {where}")
 
 
 def check_alpha(alpha_l: float, hardware: Hardware, name: str) -> None:
@@ -339,60 +361,3 @@ def clean_accuracy(model: nn.Module, images: ImageSet, *, hardware: Hardware, ba
             return float(answers(model, images.batches(batch_size)).correct.float().mean())
     finally:
         model.train(training)
-
-
-def rate_folder(rate: float) -> str:
-    """Return the name of the folder in which a rate of the rate protocol trains."""
-    return f"rate-{rate:g}"
-
-
-def fit_by_rate_protocol(
-    build: Callable[[], nn.Module],
-    images: ImageSet,
-    *,
-    config: TrainConfig,
-    hardware: Hardware,
-    split: tuple[Tensor, Tensor],
-    seed: int,
-    folder: Folder,
-    title: str = "train",
-    epoch_done: EpochDone = lambda _: None,
-) -> tuple[nn.Module, Hardware]:
-    """Train at falling rates until the clean accuracy on held-out images is above the threshold (Table 4).
-
-    Args:
-        build: Makes the untrained network, the same each time.
-        images: Training images, of which ``split`` gives (trained on, held out) indices.
-        config: With ``rate_protocol``.
-        hardware: Its fault model is set to each rate in turn.
-        split: Indices of the two parts.
-        seed: As in `fit`.
-        folder: Each rate trains in a sub-folder of its own.
-        title: Name on the progress bar.
-        epoch_done: As in `fit`.
-
-    Returns:
-        The network and the hardware at the rate that was kept: the largest that passed, or the smallest when none did
-        (which the folder's events and the accuracy itself show).
-    """
-    rates = sorted(config.rate_protocol or (), reverse=True)
-    train_images, held_out = images.subset(split[0]), images.subset(split[1])
-    for rate in rates:
-        at_rate = hardware.with_rate(rate)
-        model = build()
-        fit(
-            model,
-            train_images,
-            config=config,
-            hardware=at_rate,
-            seed=seed,
-            folder=folder.stage(rate_folder(rate)),
-            title=f"{title} at {rate:g}",
-            epoch_done=epoch_done,
-        )
-        accuracy = clean_accuracy(model, held_out, hardware=hardware, batch_size=config.batch_size)
-        passed = accuracy > config.rate_threshold
-        folder.events("rate_protocol", rate=rate, clean_accuracy=accuracy, passed=passed)
-        if passed:
-            break
-    return model, at_rate

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ftnas.data import DataConfig, ImageSet, stratified_split
 from ftnas.faults.hardware import Hardware
@@ -16,7 +16,7 @@ from ftnas.models import about, build_spec, resolved_spec, save_model
 from ftnas.progress import say
 from ftnas.recipe import TrainConfig
 from ftnas.rundir import Folder, quoted
-from ftnas.train import clean_accuracy, fit, fit_by_rate_protocol, rate_folder
+from ftnas.train import DivergedError, EpochDone, clean_accuracy, fit
 
 MODEL = "model.pt"
 STOPPED = "stopped.json"
@@ -90,7 +90,7 @@ class Training:
 
         Raises:
             ValueError: A user's mistake.
-            RuntimeError: The loss became NaN or infinite.
+            DivergedError: Loss or weights became NaN or infinite.
         """
         folder = Folder(self.folder)
         try:
@@ -135,6 +135,75 @@ class Training:
             "dataset_digest": images.digest,
             "train_accuracy": clean_accuracy(network, images, hardware=hardware, batch_size=self.recipe.batch_size),
         }
+
+
+def rate_folder(rate: float) -> str:
+    """Return the name of the folder in which a rate of the rate protocol trains."""
+    return f"rate-{rate:g}"
+
+
+def fit_by_rate_protocol(
+    build: Callable[[], nn.Module],
+    images: ImageSet,
+    *,
+    config: TrainConfig,
+    hardware: Hardware,
+    split: tuple[Tensor, Tensor],
+    seed: int,
+    folder: Folder,
+    title: str = "train",
+    epoch_done: EpochDone = lambda _: None,
+) -> tuple[nn.Module, Hardware]:
+    """Train at falling rates until the clean accuracy on held-out images is above the threshold (Table 4).
+
+    A rate at which training diverges does not pass.
+
+    Args:
+        build: Makes the untrained network, the same each time.
+        images: Training images, of which ``split`` gives (trained on, held out) indices.
+        config: With ``rate_protocol``.
+        hardware: Its fault model is set to each rate in turn.
+        split: Indices of the two parts.
+        seed: As in `fit`.
+        folder: Each rate trains in a sub-folder of its own.
+        title: Name on the progress bar.
+        epoch_done: As in `fit`.
+
+    Returns:
+        The network and the hardware at the rate that was kept: the largest that passed, or the smallest when none did
+        (which the folder's events and the accuracy itself show).
+
+    Raises:
+        DivergedError: None passed, and the smallest diverged.
+    """
+    rates = sorted(config.rate_protocol or (), reverse=True)
+    train_images, held_out = images.subset(split[0]), images.subset(split[1])
+    for rate in rates:
+        at_rate = hardware.with_rate(rate)
+        model = build()
+        try:
+            fit(
+                model,
+                train_images,
+                config=config,
+                hardware=at_rate,
+                seed=seed,
+                folder=folder.stage(rate_folder(rate)),
+                title=f"{title} at {rate:g}",
+                epoch_done=epoch_done,
+            )
+        except DivergedError as error:
+            folder.events("rate_protocol", rate=rate, clean_accuracy=None, passed=False, reason=str(error))
+            if rate == rates[-1]:
+                raise
+            say(f"warning: {title} at {rate:g}: {error}; the next smaller rate is tried")
+            continue
+        accuracy = clean_accuracy(model, held_out, hardware=hardware, batch_size=config.batch_size)
+        passed = accuracy > config.rate_threshold
+        folder.events("rate_protocol", rate=rate, clean_accuracy=accuracy, passed=passed)
+        if passed:
+            break
+    return model, at_rate
 
 
 def train_in_turn(trainings: Iterable[Training], images: ImageSet) -> list[Failure]:

@@ -25,8 +25,8 @@ from ftnas.progress import say, track
 from ftnas.rundir import Folder
 from ftnas.settings import Count, Settings
 from ftnas.storage import Lock, read_journal
-from ftnas.train import HISTORY, rate_folder
-from ftnas.trainings import STOPPED, Failure, Training, note, one_line, train_in_turn
+from ftnas.train import HISTORY
+from ftnas.trainings import STOPPED, Failure, Training, note, one_line, rate_folder, train_in_turn
 from ftnas.workers import start_ray
 
 TUNE = "tune"

@@ -1,6 +1,7 @@
 """Algorithm 1 at a tiny scale: what it writes, that it is deterministic, and that a kill does not change it."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ftnas import derive as derive_module
 from ftnas import devices
+from ftnas import search as search_module
 from ftnas.branches import Overlapped
 from ftnas.controllers import RandomConfig, RandomController
 from ftnas.data import DataConfig, load, stratified_split
@@ -239,6 +241,23 @@ def test_weights_that_diverge_are_an_error(space, tmp_path):
     weights = {"batch_size": 32, "lr": 1e30, "alpha_l": 0.5, "grad_clip": None}
     with RunDir.create(tmp_path / "run", {}) as run, pytest.raises(RuntimeError, match="NaN or infinite in search"):
         make_search(space, run.stage("search"), weights=weights).run()
+
+
+def test_weights_that_the_last_step_of_an_epoch_breaks_reach_no_checkpoint(space, tmp_path, monkeypatch):
+    steps, move = [], search_module.move
+
+    def breaks(parameters, *args):
+        move(parameters, *args)
+        steps.append(None)
+        if len(steps) == 2 * (128 // 32):
+            parameters[0].data.fill_(math.nan)
+
+    monkeypatch.setattr(search_module, "move", breaks)
+    with RunDir.create(tmp_path / "run", {}) as run:
+        stage = run.stage("search")
+        with pytest.raises(RuntimeError, match="became NaN or infinite in the last step of search epoch 1"):
+            make_search(space, stage, epochs=3).run()
+        assert stage.load("checkpoint.pt")["epoch"] == 1
 
 
 def test_a_collapsed_controller_is_reported(space, tmp_path, capsys):

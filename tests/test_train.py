@@ -1,5 +1,6 @@
 """The fault-tolerant loss against its formula, and a fit loop that a kill does not change."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ftnas import train, trainings
 from ftnas.data import DataConfig, load
 from ftnas.faults import MiBB
 from ftnas.faults.hardware import Hardware
 from ftnas.recipe import TrainConfig
 from ftnas.rng import isolated
 from ftnas.rundir import RunDir
-from ftnas.storage import Checkpoints
-from ftnas.train import CHECKPOINT, FaultTolerantLoss, clean_accuracy, fit, fit_by_rate_protocol
-from ftnas.trainings import Failure, check_failures
+from ftnas.storage import Checkpoints, read_journal
+from ftnas.train import CHECKPOINT, DivergedError, FaultTolerantLoss, clean_accuracy, fit
+from ftnas.trainings import Failure, check_failures, fit_by_rate_protocol
 
 HARDWARE = Hardware(fault=MiBB(mac_error_rate=0.01), layers=None)
 
@@ -177,12 +179,66 @@ def test_rate_protocol_keeps_the_largest_rate_that_passes(images, tmp_path):
         assert hardware.fault.mac_error_rate == kept
 
 
+def test_a_rate_that_diverges_does_not_pass(images, tmp_path, monkeypatch, capsys):
+    diverges = {0.02}
+
+    def fit_or_diverge(model, *args, hardware, **kwargs):
+        if hardware.fault.mac_error_rate in diverges:
+            raise DivergedError("the loss", "epoch 0")
+        return fit(model, *args, hardware=hardware, **kwargs)
+
+    monkeypatch.setattr(trainings, "fit", fit_or_diverge)
+    config = recipe(epochs=1, rate_protocol=(0.001, 0.02), rate_threshold=0.0)
+    split = (torch.arange(96), torch.arange(96, 128))
+    given = {"config": config, "hardware": HARDWARE, "split": split, "seed": 0}
+    with RunDir.create(tmp_path / "run", {}) as run:
+        _, hardware = fit_by_rate_protocol(small_net, images, folder=run, **given)
+    assert hardware.fault.mac_error_rate == 0.001
+    tried = [line for line in read_journal(tmp_path / "run" / "events.jsonl")[0] if line["kind"] == "rate_protocol"]
+    assert [(line["rate"], line["passed"]) for line in tried] == [(0.02, False), (0.001, True)]
+    assert tried[0]["clean_accuracy"] is None and "NaN or infinite in epoch 0" in tried[0]["reason"]
+    assert "train at 0.02: the loss became NaN or infinite in epoch 0" in capsys.readouterr().err
+
+    diverges.add(0.001)
+    with RunDir.create(tmp_path / "none", {}) as run, pytest.raises(DivergedError):
+        fit_by_rate_protocol(small_net, images, folder=run, **given)
+
+
 def test_clean_accuracy_keeps_mode_and_statistics(images):
     model = small_net().train()
     before = model[1].running_mean.clone()
     accuracy = clean_accuracy(model, images, hardware=HARDWARE, batch_size=64)
     assert 0.0 <= accuracy <= 1.0 and model.training
     assert torch.equal(before, model[1].running_mean)
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.running_var"])
+def test_what_the_last_step_of_an_epoch_breaks_reaches_no_checkpoint(name, images, tmp_path, monkeypatch):
+    config, steps, move = recipe(epochs=3), [], train.move
+    per_epoch = images.num_images // config.batch_size
+
+    def breaks(parameters, *args):
+        move(parameters, *args)
+        steps.append(None)
+        if len(steps) == 2 * per_epoch:
+            model.state_dict()[name].view(-1)[1] = math.inf
+
+    def train_in(run):
+        fit(model, images, config=config, hardware=HARDWARE, seed=1, folder=run)
+
+    model = small_net()
+    with RunDir.create(tmp_path / "whole", {}) as run:
+        train_in(run)
+    whole = {key: value.clone() for key, value in model.state_dict().items()}
+    model = small_net()
+    with RunDir.create(tmp_path / "run", {}) as run:
+        monkeypatch.setattr(train, "move", breaks)
+        with pytest.raises(DivergedError, match=f"'{name}' became NaN or infinite in the last step of epoch 1"):
+            train_in(run)
+        monkeypatch.setattr(train, "move", move)
+        assert run.load(CHECKPOINT)["epoch"] == 1
+        train_in(run)
+    assert all(torch.equal(value, whole[key]) for key, value in model.state_dict().items())
 
 
 def test_a_diverging_loss_is_an_error(images, tmp_path):

@@ -143,7 +143,7 @@ def test_rates_side_by_side_keep_the_one_that_is_kept_in_turn(setting):
     assert (runs[1] / "train/good/seed-0/rate-0.001").exists()
 
 
-def test_a_rate_that_is_not_needed_may_fail(tmp_path, monkeypatch):
+def test_a_rate_that_is_not_needed_may_fail(setting, tmp_path, monkeypatch):
     """In turn it is not tried; side by side it is, and another one is kept all the same."""
     recipe = {"rate_protocol": [0.001, 0.0001], "rate_threshold": 0.05, "epochs": 1}
     path = config(tmp_path / "rates.json", "good", recipe=recipe)

@@ -54,21 +54,19 @@ def parsed() -> argparse.Namespace:
     return parser.parse_intermixed_args()  # overrides may follow options
 
 
-def chosen(planned: Sequence[Planned], patterns: Sequence[str] | None) -> Sequence[Planned]:
-    """Return the rows whose names match one of some patterns, as a shell has them; None takes all."""
-    if patterns is None:
-        return planned
+def chosen(planned: Sequence[Planned], patterns: Sequence[str] | None) -> list[str]:
+    """Return the names of the rows that match one of some patterns, as a shell has them; None takes all."""
     names = [entry.row.name for entry in planned]
-    for pattern in patterns:
+    for pattern in patterns or ():
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"--row: no row is called {pattern!r}; there is: {'; '.join(names)}")
-    return [entry for entry in planned if any(fnmatch.fnmatch(entry.row.name, pattern) for pattern in patterns)]
+    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns or ("*",))]
 
 
-def listing(planned: Sequence[Planned], earlier: Container[str]) -> str:
+def listing(planned: Sequence[Planned], rows: Container[str], earlier: Container[str]) -> str:
     """Return what would run, one training a line."""
     lines = []
-    for entry in planned:
+    for entry in (entry for entry in planned if entry.row.name in rows):
         for job in entry.jobs:
             left = sum(missing(job, measurement) for measurement in entry.measurements)
             sweeps = "".join(f", measure {m.sweep.label} {job.measure_key(m)}" for m in entry.measurements)
@@ -95,12 +93,12 @@ def reproduce(options: argparse.Namespace) -> None:
     planned = plan(study, scale=options.scale, settings=scale, cache=options.cache, overrides=options.overrides)
     rows, earlier = chosen(planned, options.row), earlier_results(options.earlier, planned)
     if options.dry_run:
-        print(listing(rows, earlier))
+        print(listing(planned, rows, earlier))
         return
     failure = None
     if not options.report:
         try:
-            run(rows, known=earlier)
+            run(planned, earlier, rows=rows)
         except RuntimeError as error:  # the rest is done, and is shown
             failure = error
     check_agreement(planned, earlier)

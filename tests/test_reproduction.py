@@ -573,7 +573,13 @@ def test_earlier_results_that_do_not_fit_are_told_in_one_line(tmp_path, capsys, 
     assert "give another --out" in refused("--earlier", result, cache=there)
     assert not here.exists()
 
-    assert "different test images" in refused("--earlier", result, images="light")
+    for part, digest in (("training", "train_digest"), ("test", "test_digest")):
+        error = refused("--earlier", result, "--row", "b", images="light")
+        assert f"the earlier result of a, seed 0 was made with other {part} images" in error
+        assert not list(here.glob("train-*"))  # told before anything runs
+        # a result of before these were kept: then only the other one can tell
+        lines = [{**line, digest: None} for line in read_journal(result / "runs.jsonl")[0]]
+        (result / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     runs = (result / "runs.jsonl").read_text()
     (result / "runs.jsonl").write_text(runs.replace('"num_images": 8', '"num_images": 0'))

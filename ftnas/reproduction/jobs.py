@@ -28,7 +28,7 @@ from ftnas.space import load_space, space_names
 from ftnas.trainings import MODEL
 
 DONE = "done.json"
-TEST_DIGEST = "test_digest"
+TEST_DIGEST, TRAIN_DIGEST = "test_digest", "dataset_digest"
 # What changes where or how fast a run goes, what it is called, or what follows it: not its result.
 _ELSEWHERE = ("name", "description", "pool", "campaign", "single_faults", "protections", "models")
 
@@ -302,6 +302,12 @@ def cost(folder: Path) -> dict[str, Any]:
     total = {name: round(sum(line[name] for line in spent), 1) for name in ("cpu_s", "wall_s")}
     info = json.loads((folder / "run.json").read_text(encoding="utf-8")) if spent else {}
     return {**total, "machines": sorted({line["machine"] for line in spent}), "commit": info.get("commit")}
+
+
+def digest_in(folder: Path, name: str) -> str | None:
+    """Return a digest of images that a run noted, or None."""
+    path = folder / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")).get(name) if path.exists() else None
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -11,7 +10,17 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from ftnas.records import SCHEMA
-from ftnas.reproduction.jobs import TEST_DIGEST, Job, Measurement, cost, finished, machine, records
+from ftnas.reproduction.jobs import (
+    TEST_DIGEST,
+    TRAIN_DIGEST,
+    Job,
+    Measurement,
+    cost,
+    digest_in,
+    finished,
+    machine,
+    records,
+)
 from ftnas.reproduction.study import Planned
 from ftnas.settings import Rate, first_problem
 from ftnas.storage import read_journal
@@ -36,6 +45,7 @@ class Run(BaseModel):
         measure_cpu_s: Processor time of the measurements; None where it was not kept.
         commit: Of the training.
         machines: What all of it ran on.
+        train_digest: Of the training images; None where it was not kept.
         test_digest: Of the test images; None where it was not kept.
         num_images: Of the test set.
         params: Parameters of the network.
@@ -57,6 +67,7 @@ class Run(BaseModel):
     measure_cpu_s: float | None = None
     commit: str | None = None
     machines: tuple[str, ...]
+    train_digest: str | None = None
     test_digest: str | None = None
     num_images: int = Field(ge=1)
     params: int
@@ -167,7 +178,6 @@ def _of_cache(entry: Planned, job: Job) -> Run | None:
     folders = [job.measure_folder(found) for found in entry.measurements]
     spent, measured = cost(job.folder), [cost(folder) for folder in folders]
     searched = [cost(job.search_folder)] if job.searches else []
-    info = folders[0] / "run.json"
     return Run(
         row=entry.row.name,
         seed=job.seed,
@@ -181,7 +191,8 @@ def _of_cache(entry: Planned, job: Job) -> Run | None:
         measure_cpu_s=round(sum(found["cpu_s"] for found in measured), 1),
         commit=spent["commit"],
         machines=tuple(sorted({name for found in [spent, *measured, *searched] for name in found["machines"]})),
-        test_digest=json.loads(info.read_text(encoding="utf-8")).get(TEST_DIGEST) if info.exists() else None,
+        train_digest=digest_in(job.folder, TRAIN_DIGEST),
+        test_digest=digest_in(folders[0], TEST_DIGEST),
         **{name: lines[0][name] for name in ("num_images", "params", "flops")},
         accuracy=accuracy,
     )

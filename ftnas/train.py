@@ -255,7 +255,7 @@ def _epoch(
     names = () if extras is None else extras.names
     sums = torch.zeros(3 + len(names), device=device)
     model.train()
-    before = injection.record
+    before = None if injection.drawings.lasting else injection.record
     batches = images.batches(config.batch_size, seed=seed, epoch=epoch, augment=config.augment, drop_last=True)
     attached = nullcontext() if extras is None else extras.attached(injection.replaced)
     with injection, attached, config.compute.steps():
@@ -277,8 +277,8 @@ def _epoch(
         "lr": optimizer.param_groups[0]["lr"],
         "loss": total,
         **loss.named(clean, faulty),
-        "hits": record.hits - before.hits,
-        "sites": record.sites - before.sites,
+        "hits": record.hits - (before.hits if before else 0),
+        "sites": record.sites - (before.sites if before else 0),
         **found,
     }
 
@@ -337,11 +337,16 @@ def check_finite(model: nn.Module, *, where: str) -> None:
     """Check what the last step of an epoch left: no loss shows it before the next, and the checkpoint comes between.
 
     Raises:
-        DivergedError: A parameter or a buffer holds NaN or an infinity.
+        DivergedError: A parameter that learns, or a statistic of a BatchNorm, holds NaN or an infinity.
     """
-    held = {name: value for name, value in model.state_dict().items() if value.is_floating_point() and value.numel()}
-    finite = torch.stack(torch._foreach_norm(list(held.values()), math.inf)).isfinite().tolist()
-    broken = next((name for name, is_finite in zip(held, finite, strict=True) if not is_finite), None)
+    moved: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()}
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            moved |= {f"{name}.{own}": b for own, b in module.named_buffers(recurse=False) if b.is_floating_point()}
+    if not moved:
+        return
+    finite = torch.stack(torch._foreach_norm([value.detach() for value in moved.values()], math.inf)).isfinite()
+    broken = next((name for name, is_finite in zip(moved, finite.tolist(), strict=True) if not is_finite), None)
     if broken is not None:
         raise DivergedError(repr(broken), f"the last step of {where}")
 

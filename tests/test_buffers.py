@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -234,6 +236,17 @@ def test_an_activation_that_was_expected_and_did_not_run_is_an_error():
             model(images())
         model.active = True
         model(images())
+
+
+@pytest.mark.parametrize("where", ["conv", "relu"])
+def test_a_full_backward_hook_is_named_as_what_hides_an_activation(where):
+    model = create(lambda: nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 3, 1), relu=nn.ReLU(), last=nn.Conv2d(3, 3, 1))))
+    hook = model.get_submodule(where).register_full_backward_hook(lambda *_: None)
+    with inject(model, CRASH), pytest.raises(RuntimeError, match=f"the full backward hook of '{where}' puts other"):
+        model(images().requires_grad_())
+    hook.remove()
+    with inject(model, CRASH):
+        model(images().requires_grad_())
 
 
 # Nothing is left behind

@@ -13,6 +13,7 @@ from torch import nn
 
 from ftnas import FixedPoint, inject
 from ftnas.faults import AdSAF, BitAdSAF, DefectMap, MiBB, PlanSet
+from ftnas.faults.hardware import Hardware
 
 FAULTS = {
     "logical": AdSAF(sa0_rate=0.2, sa1_rate=0.1, stuck_at="max"),
@@ -94,6 +95,16 @@ def test_training_on_a_known_device_has_the_gradients_of_its_weights():
             gradient = model.parametrizations.weight.original.grad
             assert torch.allclose(gradient, (upstream * passes).T @ x * inside, atol=1e-6)  # straight through
             optimizer.step()
+
+
+def test_bounds_hold_on_a_known_device_too(tmp_path):
+    model = create(lambda: nn.Sequential(nn.Conv2d(3, 4, 3)))
+    with torch.no_grad(), inject(model, AdSAF(), quantization=FIXED, seed=3) as injection:
+        free = model(images())
+        injection.plans().save(tmp_path / "device.npz")
+    hardware = Hardware(defects=str(tmp_path / "device.npz"))
+    with torch.no_grad(), hardware.inject(model, seed=0, bounds={"0": 0.1}):
+        assert model(images()).abs().max() <= 0.1 < free.abs().max()
 
 
 @pytest.mark.parametrize(

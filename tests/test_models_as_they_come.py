@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import warnings
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from injected import FIXED
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from ftnas import bound, inject, rng
+from ftnas import bound, devices, inject, rng
 from ftnas.evaluate import score
 from ftnas.faults import (
     AdSAF,
@@ -25,6 +26,7 @@ from ftnas.faults import (
     NeuronByzantine,
     NeuronCrash,
     NodeDown,
+    ReciprocalNormalVariation,
     WeightBitFlip,
 )
 from ftnas.faults.bounds import FeatureBound, WeightBound, stored_bound
@@ -351,6 +353,44 @@ def test_gradients_through_frozen_weights_after_a_forward_in_inference_mode(faul
             model(X)
         model(x).sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        AdSAF(sa0_rate=0.1, sa1_rate=0.1),
+        MiBB(mac_error_rate=1e-3),
+        WeightBitFlip(bit_error_rate=0.05, dtype="fp32"),
+        ReciprocalNormalVariation(sigma=0.3),
+        NeuronCrash(rate=0.1),
+    ],
+    ids=lambda fault: fault.name,
+)
+def test_hits_are_counted_in_inference_mode_and_out_of_it(fault, readable, monkeypatch):
+    if not readable:  # the way that a GPU takes
+        monkeypatch.setattr(devices, "is_readable", lambda _: False)
+    formats = {} if fault.name == "weight_bit_flip" else {"quantization": FIXED}
+    records = []
+    for modes in ((torch.inference_mode, torch.no_grad, torch.inference_mode), (torch.no_grad,) * 3):
+        model = built(normed, lambda layer: layer)
+        with inject(model, fault, **formats, seed=1, errors="soft", draw_on="device") as injection:
+            for mode in modes:
+                with mode():
+                    model(X)
+        records.append(injection.record)
+    assert records[0] == records[1] and records[0].hits > 0
+
+
+def test_features_read_as_zero_are_counted_in_inference_mode_and_out_of_it():
+    model = built(normed, lambda layer: layer)
+    bound(model, features=FeatureBound(value=1.0, nan="zero"))
+    with torch.no_grad(), inject(model, MiBB(mac_error_rate=1e-3), quantization=FIXED, seed=1) as injection:
+        with torch.inference_mode():
+            model(X * math.nan)
+        before = injection.record.features_zeroed
+        model(X * math.nan)
+    assert injection.record.features_zeroed == 2 * before > 0
 
 
 def test_a_score_of_images_that_inference_mode_made():

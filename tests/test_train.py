@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ftnas import train, trainings
+from ftnas import FixedPoint, inject, train, trainings
 from ftnas.data import DataConfig, load
-from ftnas.faults import MiBB
+from ftnas.faults import AdSAF, MiBB
 from ftnas.faults.hardware import Hardware
 from ftnas.recipe import TrainConfig
 from ftnas.rng import isolated
@@ -239,6 +239,42 @@ def test_what_the_last_step_of_an_epoch_breaks_reaches_no_checkpoint(name, image
         assert run.load(CHECKPOINT)["epoch"] == 1
         train_in(run)
     assert all(torch.equal(value, whole[key]) for key, value in model.state_dict().items())
+
+
+def test_buffers_of_ones_own_may_hold_anything(images, tmp_path):
+    class Own(nn.Sequential):
+        def get_extra_state(self):
+            return {"version": 1}
+
+        def set_extra_state(self, state):
+            assert state == {"version": 1}
+
+    model = Own(*small_net())
+    model.register_buffer("mask", torch.full((4, 4), -math.inf).triu(1))  # as in causal attention
+    model.register_buffer("narrow", torch.zeros(3, dtype=torch.float8_e4m3fn))
+    with RunDir.create(tmp_path / "run", {}) as run:
+        fit(model, images, config=recipe(epochs=1), hardware=HARDWARE, seed=1, folder=run)
+
+
+def test_the_hits_of_a_known_device_are_told_in_every_epoch(images, tmp_path):
+    fault = AdSAF(sa0_rate=0.1, sa1_rate=0.05)
+    with torch.no_grad(), inject(small_net(), fault, quantization=FixedPoint(), seed=3) as injection:
+        injection._model(next(images.batches(4))[0])
+        injection.plans().save(tmp_path / "device.npz")
+    given = {"config": recipe(epochs=3), "hardware": Hardware(defects=str(tmp_path / "device.npz")), "seed": 1}
+
+    def stops(record):
+        if record["epoch"] == 0:
+            raise KeyboardInterrupt
+
+    with RunDir.create(tmp_path / "whole", {}) as run:
+        whole = fit(small_net(), images, folder=run, **given)
+    with RunDir.create(tmp_path / "cut", {}) as run:
+        with pytest.raises(KeyboardInterrupt):
+            fit(small_net(), images, folder=run, epoch_done=stops, **given)
+        resumed = fit(small_net(), images, folder=run, **given)
+    assert whole == resumed
+    assert {(line["hits"], line["sites"]) for line in whole} == {(injection.record.hits, injection.record.sites)}
 
 
 def test_a_diverging_loss_is_an_error(images, tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ftnas.faults.trace import Call, is_activation
@@ -34,13 +34,25 @@ class ActivationMode(TorchFunctionMode):
             _, call, grid = self._expected.pop(id(feature))
             self._expected[id(other)] = (other, call, grid)
 
-    def check(self) -> None:
-        """Raise a RuntimeError when an activation function that was expected has not run."""
-        for _, (layer, _), _ in self._expected.values():
-            raise RuntimeError(
-                f"no activation function followed layer {layer!r}, so that its buffer value was not met; a model whose "
-                "path changes must declare feature_points(), and activated_points() -> the layers that one follows"
-            )
+    def check(self, model: nn.Module) -> None:
+        """Raise a RuntimeError when an activation function of a model that was expected has not run."""
+        if not self._expected:
+            return
+        _, (layer, _), _ = next(iter(self._expected.values()))
+        why = (
+            "a model whose path changes must declare feature_points(), and activated_points() -> the layers that one "
+            "follows"
+        )
+        for name, module in model.named_modules():
+            if module._backward_hooks or module._backward_pre_hooks:
+                why = (
+                    f"the full backward hook of {name!r} puts other tensors in the place of what the module reads and "
+                    "gives; take it off, and give a hook to the tensor itself (Tensor.register_hook)"
+                )
+                break
+        raise RuntimeError(
+            f"no activation function followed layer {layer!r}, so that its buffer value was not met; {why}"
+        )
 
     def clear(self) -> None:
         """Forget what has not been met."""

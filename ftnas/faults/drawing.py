@@ -231,6 +231,11 @@ class Drawings(NamedTuple):
     features: Drawing
     buffers: Drawing
 
+    @property
+    def lasting(self) -> bool:
+        """Whether the plans are those of one device, counted once whatever the number of forwards."""
+        return any(drawing.hard or drawing.given is not None for drawing in self)
+
     def last(self, draw: int) -> dict[Key, Plan]:
         """Return the plans in force, on the CPU and without padding, by number of the fault model; see `Drawing`."""
         found: dict[Key, Plan] = {}

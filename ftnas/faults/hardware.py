@@ -111,7 +111,9 @@ class Hardware(Settings):
         """Put this hardware under a model; see `ftnas.inject`. A known device knows neither ``seed`` nor ``errors``."""
         if self.defects is not None:
             plans = load_device(self.defects)
-            return inject(model, plans=plans, quantization=self.quantization, mask_gradients=mask_gradients)
+            return inject(
+                model, plans=plans, quantization=self.quantization, mask_gradients=mask_gradients, bounds=bounds
+            )
         return inject(
             model,
             *([] if self.fault is None else [self.fault]),

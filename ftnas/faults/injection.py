@@ -237,7 +237,7 @@ class Injection:
 
     def _check_met(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.finding and self._activations is not None:
-            self._activations.check()
+            self._activations.check(module)
 
     def _check_running(self, name: str, module: nn.Module, inputs: Any) -> None:
         if not self._running:

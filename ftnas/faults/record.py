@@ -85,7 +85,10 @@ class InjectionRecord(LayerHits):
 
 
 class Tally:
-    """Adds up plans as they are drawn; on a device in place, so that a graph of a step adds whenever it is replayed."""
+    """Adds up plans as they are drawn; on a device in place, so that a graph of a step adds whenever it is replayed.
+
+    What it adds to is made outside of inference mode, since forwards in that mode and others may follow each other.
+    """
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self._faults = list(faults)
@@ -94,6 +97,7 @@ class Tally:
         self._rows: list[tuple[list[str], Tensor] | None] = [None for _ in self._faults]
         self._features_zeroed: Tensor | int = 0
 
+    @torch.inference_mode(False)
     def add(self, fault: int, layer: str, plan: Plan) -> None:
         """Count one plan of one layer, for the fault model of that index.
 
@@ -105,6 +109,7 @@ class Tally:
         hits += len(plan.sites) if readable else plan.hits()
         sums[layer] = (sites + plan.num_at_risk, expected + plan.num_at_risk * plan.rate, hits)
 
+    @torch.inference_mode(False)
     def add_row(
         self,
         fault: int,
@@ -134,6 +139,7 @@ class Tally:
         what = [(layer, units * size, plan.rate) for layer, size in zip(layers, sizes, strict=True)]
         self.add_each(fault, what, hits.index_select(0, places[1]), places[1], known)
 
+    @torch.inference_mode(False)
     def add_each(
         self,
         fault: int,
@@ -165,6 +171,7 @@ class Tally:
             row = self._rows[fault] = names, torch.zeros(len(names), dtype=torch.int64, device=device)
         return row[1]
 
+    @torch.inference_mode(False)
     def count(self, fault: int, what: str, number: Tensor) -> None:
         """Add a scalar tensor to a fault model's ``nonfinite``, ``nan`` and the like; it stays on the device."""
         odd = self._odd[fault]
@@ -191,6 +198,7 @@ class Tally:
         if zeroed:
             self.count(fault, "nan_zeroed", nan)
 
+    @torch.inference_mode(False)
     def count_feature_nan(self, feature: Tensor) -> None:
         """Count the NaN of features of any shape; the count stays on the device."""
         self._features_zeroed += feature.detach().isnan().sum()

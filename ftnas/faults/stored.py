@@ -24,6 +24,7 @@ class SharedWeights:
         rounded: The same as it was rounded, which a faulty copy starts from.
         row: Layers whose weights were rounded together, and whether in inference mode; these weights end to end.
         hit: The last draw of faults, the same weights after it, and its plan.
+        counted: Layers of the row for which that plan was counted.
         met: Features of the last forward without faults, see `Ahead`.
     """
 
@@ -31,6 +32,7 @@ class SharedWeights:
     rounded: dict[str, Rounded] = field(default_factory=dict)
     row: tuple[tuple[tuple[str, ...], bool], Rounded] | None = None
     hit: tuple[int, Tensor, Plan] | None = None
+    counted: set[str] = field(default_factory=set)
     met: list[Any] = field(default_factory=list)
 
 

@@ -171,9 +171,13 @@ class Together:
         values = rounded.values
         if draw is not None and self._drawing.placed:
             if learns or shared.hit is None or shared.hit[0] != draw:
-                shared.hit = draw, *self._hit(row, form, rounded, draw)
+                shared.hit, shared.counted = (draw, *self._hit(row, form, rounded, draw)), set()
             _, values, plan = shared.hit
-            self._count(row, running, plan, form, draw)
+            self._drawing.keep_row(draw, lambda: row.split_plan(running, plan))
+            fresh = [name for name in running if name not in shared.counted]
+            if fresh:
+                self._count(row, fresh, plan, form)
+            shared.counted.update(fresh)
             blocked = mark(values, plan.values_hit(), None) if self._mask and learns else None
         if learns and any(weight.requires_grad for weight in row.weights):
             values = values.to(self._dtype(row, values.device))
@@ -241,10 +245,9 @@ class Together:
         placed.fault.apply_(out, plan, rounded.grid)
         return out, plan
 
-    def _count(self, row: Row, names: Sequence[str], plan: Plan, form: FixedPoint, draw: int) -> None:
-        """Take note of what hit the layers of a forward, of a plan for a row that holds them."""
+    def _count(self, row: Row, names: Sequence[str], plan: Plan, form: FixedPoint) -> None:
+        """Count what hits some layers of a row, of its plan."""
         (placed,) = self._drawing.placed
-        self._drawing.keep_row(draw, lambda: row.split_plan(names, plan))
         for name in names:
             key = (placed.number, name, 0)
             if key not in self._drawing.sites:

@@ -202,7 +202,7 @@ class Pipeline:
         check_failures(failures, len(trainings), folder=self.run.path)
 
     def campaign(self) -> None:
-        """Measure every trained model on the test set; this is the only stage that reads it."""
+        """Measure every trained model on the test set, which only this stage and `bounds` read."""
         config = self.config
         if not config.evaluates:
             raise ValueError(f"the config {config.name!r} has no campaign, single_faults or protections section")

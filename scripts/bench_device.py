@@ -32,6 +32,7 @@ from torch import nn
 
 from ftnas import devices
 from ftnas.branches import parts_of_a_step
+from ftnas.candidates import num_scored
 from ftnas.compute import Compute
 from ftnas.config import RunConfig, read_config
 from ftnas.data import ImageSet
@@ -174,7 +175,7 @@ class Bench:
             score(forward, injection, [(images, labels)], alpha_r=stage.alpha_r, first_draw=injection.draw)
 
         own = int(IMAGES * stage.split)
-        passes = (IMAGES - own) // batch
+        passes = num_scored(IMAGES - own, batch)
         updates = (stage.epochs - stage.warmup_epochs) * (stage.controller_steps or passes)
         derive = stage.derive  # a clean forward, and one for each draw, where a candidate of the search has two
         derived = (derive.samples * (1 + derive.draws) + derive.finalists * (1 + derive.final_draws)) / 2

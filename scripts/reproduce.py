@@ -81,6 +81,8 @@ def listing(planned: Sequence[Planned], rows: Container[str], earlier: Container
 def reproduce(options: argparse.Namespace) -> None:
     scale = read_scale(options.scale)
     if options.seeds:
+        if len(set(options.seeds)) < len(options.seeds):
+            raise ValueError(f"--seeds: each is given once, got {' '.join(map(str, options.seeds))}")
         scale = scale.model_copy(update={"seeds": tuple(options.seeds)})
     study = read_study(options.study)
     if options.report and options.row:

@@ -226,8 +226,15 @@ def test_published_figures_say_what_the_paper_says_of_them(tmp_path, monkeypatch
     assert checked > 5
 
 
-@pytest.mark.parametrize("wrong, message", [({"better": "z"}, "no row is called 'z'"), ({"sweep": "x"}, "no sweep is")])
-def test_orderings_name_rows_and_sweeps_that_are_there(wrong, message):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"better": "z"}, "no row is called 'z'"),
+        ({"sweep": "x"}, "no sweep is"),
+        ({"rates": [0.0, 1e-3]}, "rate 0 has one measurement and no devices, and is compared alone"),
+    ],
+)
+def test_orderings_name_what_is_there_and_can_be_compared(wrong, message):
     with pytest.raises(ValueError, match=message):
         study_of("ab", [{**claim("a", "b"), **wrong}])
 
@@ -529,7 +536,8 @@ def test_a_table_joins_what_was_run_in_several_places(tmp_path, capsys, monkeypa
     assert ["known from an earlier result" in line for line in listed.splitlines()] == [True, True, False, False]
     code, joined = reproduce(here, *earlier)
     assert code == 0 and sum(path.name.startswith("train-") for path in here.iterdir()) == 2  # of b alone
-    assert "- From an earlier result, by the hashes of its runs: a (seed 0), a (seed 1)." in joined
+    assert "- From an earlier result, by the hashes of its runs: a (seed 0, 1)." in joined
+    assert "Not checked" not in joined
     code, whole = reproduce(one)
     cells = [
         [line for line in text.splitlines() if "| ours | " in line and "claim" not in line] for text in (joined, whole)
@@ -542,6 +550,11 @@ def test_a_table_joins_what_was_run_in_several_places(tmp_path, capsys, monkeypa
     for key in ("row", "training", "measurements", "params", "flops", "num_images", "test_digest", "accuracy"):
         assert [line[key] for line in lines[0]] == [line[key] for line in lines[1]]
     assert lines[0][:2] == lines[2]
+    unknown = [{**line, "test_digest": None} for line in lines[2]]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in unknown))
+    code, text = reproduce(tmp_path / "empty", "--report", "--earlier", tmp_path / "old")
+    assert code == 0 and "that these were measured on the same images, a (seed 0, 1)." in text
     spent = json.loads((here / "tiny-full" / "result.json").read_text())
     total = sum(line["train_cpu_s"] + line["measure_cpu_s"] for line in lines[0])
     assert spent["cpu_s_is_all"] and spent["cpu_s"] == pytest.approx(total, abs=0.3)
@@ -675,7 +688,11 @@ def script(capsys, *arguments):
 def test_the_script_explains_a_mistake_in_one_line(capsys):
     code, out, err = script(capsys, "table55")
     assert code == 2 and out == ""
-    assert err.startswith("error: unknown study 'table55'") and err.count("\n") == 1
+    assert err == "error: unknown study 'table55'; did you mean 'table5'?; a file is given as PATH.yaml\n"
+    code, out, err = script(capsys, "scales")
+    assert code == 2 and "there is: channels, figure9" in err and "published" not in err
+    code, out, err = script(capsys, "table5", "--seeds", 0, 1, 0, "--dry-run")
+    assert (code, err) == (2, "error: --seeds: each is given once, got 0 1 0\n")
 
 
 def documented_lines():

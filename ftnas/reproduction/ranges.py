@@ -127,8 +127,10 @@ def write(study: Study, planned: Sequence[Planned], out: Path) -> str:
             if trained(job):
                 model, _ = load_model(job.folder / "train" / job.model / f"seed-{job.seed}" / MODEL, allow_factory=True)
                 found = {kind: asdict(value) for kind, value in magnitudes(model).items()}
-                runs.append({"row": entry.row.name, "seed": job.seed, "training": job.key, "magnitudes": found})
-                seconds += cost(job.folder)["cpu_s"]
+                spent = cost(job.folder)
+                made = {"train_cpu_s": spent["cpu_s"], **{key: spent[key] for key in ("machines", "commit")}}
+                runs.append({"row": entry.row.name, "seed": job.seed, "training": job.key, **made, "magnitudes": found})
+                seconds += spent["cpu_s"]
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "runs.jsonl", "".join(json.dumps(run) + "\n" for run in runs).encode())
     with rng.isolated(0, "fresh"):

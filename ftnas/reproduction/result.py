@@ -167,14 +167,20 @@ def to_markdown(outcome: Outcome) -> str:
 
 
 def _taken(outcome: Outcome) -> list[str]:
-    """Return a line on what earlier results were taken for."""
-    found = [
-        f"{entry.row.name} (seed {job.seed})"
-        for entry in outcome.planned
-        for job in entry.jobs
-        if job.key in outcome.earlier
-    ]
-    return [f"- From an earlier result, by the hashes of its runs: {', '.join(found)}."] if found else []
+    """Return lines on what earlier results were taken for."""
+    taken, unknown = [], []
+    for entry in outcome.planned:
+        found = [outcome.earlier[job.key] for job in entry.jobs if job.key in outcome.earlier]
+        for names, runs_of in ((taken, found), (unknown, [run for run in found if run.test_digest is None])):
+            if runs_of:
+                names.append(f"{entry.row.name} (seed {', '.join(str(run.seed) for run in runs_of)})")
+    lines = [f"- From an earlier result, by the hashes of its runs: {'; '.join(taken)}."] if taken else []
+    if unknown:
+        lines.append(
+            "- Not checked, as that result does not say it: that these were measured on the same images, "
+            f"{'; '.join(unknown)}."
+        )
+    return lines
 
 
 def _kept_rates(outcome: Outcome) -> dict[str, str]:

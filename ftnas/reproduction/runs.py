@@ -151,7 +151,8 @@ def _read(path: Path) -> Iterator[Run]:
         try:
             yield Run.model_validate(line)
         except pydantic.ValidationError as error:
-            raise ValueError(first_problem(error, Run, f"{path}: line {number}")) from None
+            problem = first_problem(error, Run, f"{path}: line {number}")
+            raise ValueError(f"{problem}; make that result anew, by --report") from None
 
 
 def runs(planned: Sequence[Planned], earlier: Mapping[str, Run]) -> list[Run]:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ftnas.campaign import SweepConfig
 from ftnas.config import RunConfig, read_config
 from ftnas.reproduction.jobs import Job, Measurement
 from ftnas.rng import generator
-from ftnas.settings import Count, Positive, Settings, parse
+from ftnas.settings import Count, Positive, Settings, did_you_mean, parse
 from ftnas.shipped import find_file, shipped_names
 from ftnas.space import Genotype, load_space
 
@@ -117,7 +117,7 @@ class Ordering(Settings):
         claim: In words.
         better: Name of the row that is said to be above, or of several, each of them.
         worse: Name of the row that is said to be below, or of several.
-        rates: Published rates over which accuracies are averaged; all above 0 when left out; 0 is fault-free.
+        rates: Published rates over which accuracies are averaged; all above 0 when left out; 0 alone is fault-free.
         sweep: Of the sweeps of the study; the first when left out.
         measure: ``accuracy``; ``loss`` is the accuracy that faults take away, of which less is better; ``same`` says
             that there is no difference.
@@ -129,6 +129,13 @@ class Ordering(Settings):
     rates: tuple[float, ...] | None = None
     sweep: str | None = None
     measure: Literal["accuracy", "loss", "same"] = "accuracy"
+
+    @field_validator("rates")
+    @classmethod
+    def _of_devices_or_none(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and 0.0 in value and len(value) > 1:
+            raise ValueError(f"rate 0 has one measurement and no devices, and is compared alone, got {list(value)}")
+        return value
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -235,8 +242,9 @@ def read_study(name_or_path: str | Path) -> Study:
     Raises:
         ValueError: One line: no such study, or what is wrong with it.
     """
-    if str(name_or_path) in _DATA:
-        raise ValueError(f"unknown study {str(name_or_path)!r}; there is: {', '.join(study_names())}")
+    text = str(name_or_path)
+    if "/" not in text and not text.endswith(".yaml") and text not in study_names():
+        raise ValueError(f"unknown study {text!r}; {did_you_mean(text, study_names())}; a file is given as PATH.yaml")
     return parse(Study, _read(name_or_path, kind="study"), where=str(name_or_path))
 
 

@@ -68,8 +68,8 @@ class TrainStage(Settings):
     @field_validator("seeds")
     @classmethod
     def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError("each training seed once")
+        if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise ValueError("training seeds are numbers from 0 on, each once")
         return seeds
 
 

@@ -24,7 +24,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial, wraps
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from ftnas.evaluate import score, top1
 from ftnas.faults import AdSAF, Injection, MiBB, drawing, injection
 from ftnas.faults.hardware import Hardware
 from ftnas.heap import keep_memory
+from ftnas.mistakes import positive, to_write, told
 from ftnas.quantize import FixedPoint
 from ftnas.recipe import SgdConfig
 from ftnas.rng import generator, isolated
@@ -234,17 +234,17 @@ def shares(step: Step, genotype: Genotype) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", type=int, default=8)
-    parser.add_argument("--channels", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--size", type=int, default=32, help="pixels of the square images (default: 32)")
+    parser.add_argument("--cells", type=positive, default=8)
+    parser.add_argument("--channels", type=positive, default=20)
+    parser.add_argument("--batch", type=positive, default=64)
+    parser.add_argument("--size", type=positive, default=32, help="pixels of the square images (default: 32)")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="genotypes, each stepped once by every variant (default: 5)"
+        "--rounds", type=positive, default=5, help="genotypes, each stepped once by every variant (default: 5)"
     )
-    parser.add_argument("--repeats", type=int, default=3, help="steps of each variant per genotype (default: 3)")
+    parser.add_argument("--repeats", type=positive, default=3, help="steps of each variant per genotype (default: 3)")
     parser.add_argument("--fault", choices=sorted(HARDWARE), action="append", help="may be given again (default: both)")
     parser.add_argument("--profile", action="store_true", help="also print the share of each part of a step")
-    parser.add_argument("--json", type=Path, help="file for the result; it is printed as well")
+    parser.add_argument("--json", type=to_write, help="file for the result; it is printed as well")
     options = parser.parse_args()
     bench = Bench(options.cells, options.channels, options.batch, options.size, options.rounds, options.repeats)
     torch.set_num_threads(1)
@@ -270,4 +270,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told():
+        main()

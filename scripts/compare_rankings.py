@@ -23,6 +23,7 @@ import torch
 from ftnas.candidates import Candidates, Terms
 from ftnas.config import config_from
 from ftnas.data import load, stratified_split
+from ftnas.mistakes import told
 from ftnas.pool import InProcess
 from ftnas.progress import track
 from ftnas.rng import generator, seed_for
@@ -73,7 +74,7 @@ def main() -> None:
     groups = {pattern: sorted(map(Path, glob.glob(pattern))) for pattern in options.groups}
     for pattern, paths in groups.items():
         if len(paths) < 2:
-            raise SystemExit(f"error: {pattern} names {len(paths)} run folders; a group needs at least two")
+            raise ValueError(f"{pattern} names {len(paths)} run folders; a group needs at least two")
     found = {
         pattern: [rewards(path, options.genotypes, options.draws) for path in paths]
         for pattern, paths in groups.items()
@@ -93,4 +94,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told():
+        main()

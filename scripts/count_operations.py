@@ -17,7 +17,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -32,6 +31,7 @@ from ftnas.faults.drawing import Drawing
 from ftnas.faults.injection import Injection
 from ftnas.faults.record import Tally
 from ftnas.faults.together import Together
+from ftnas.mistakes import positive, to_write
 from ftnas.models import build
 from ftnas.quantize import FixedPoint
 from ftnas.rng import Label, generator, isolated, seed_for
@@ -192,8 +192,8 @@ def count(run: str) -> Operations:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(RUNS), help="(default: all)")
-    parser.add_argument("--top", type=int, default=0, help="also print the most frequent operations")
-    parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument("--top", type=positive, default=0, help="also print the most frequent operations")
+    parser.add_argument("--json", type=to_write, help="file for the result")
     options = parser.parse_args()
     found: dict[str, Any] = {}
     print(f"{'step of':<14} {'all':>7}", *(f"{part:>10}" for part in PARTS))

@@ -27,6 +27,7 @@ from ftnas import plots
 from ftnas.bounds import Cut, linear, single, superposed
 from ftnas.config import config_from
 from ftnas.data import load
+from ftnas.mistakes import told
 from ftnas.models import load_model
 from ftnas.progress import track
 from ftnas.records import read_comparison
@@ -118,7 +119,7 @@ def study(paths: Sequence[Path], num_images: int) -> dict[str, dict[str, Any]]:
     """Return all arms by name, the control first."""
     named = {path.name.removeprefix("crash-"): path for path in paths}
     if "nothing" not in named:
-        raise SystemExit("error: no run folder named crash-nothing, the control; train it with regularizers=[]")
+        raise ValueError("no run folder named crash-nothing, the control; train it with regularizers=[]")
     with RunDir.open(named["nothing"]) as run:
         images = load(config_from(run.config).data, "test")
     first, _ = next(images.batches(num_images))
@@ -146,4 +147,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told():
+        main()

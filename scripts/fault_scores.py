@@ -35,6 +35,7 @@ from ftnas.correlations import correlation_interval
 from ftnas.data import load, stratified_split
 from ftnas.faults import MiBB, NeuronCrash
 from ftnas.faults.base import Fault
+from ftnas.mistakes import told
 from ftnas.pool import InProcess
 from ftnas.progress import track
 from ftnas.rng import generator, seed_for
@@ -178,10 +179,7 @@ def main() -> None:
     figure = Figure(figsize=(8.6, 3.4), facecolor=plots.PAPER, layout="constrained")
     faults = {"crash": NeuronCrash(rate=options.crash_rate), "mibb": MiBB(mac_error_rate=options.mac_error_rate)}
     for name in options.faults:
-        try:
-            scores = measure(options.run, faults[name], options.genotypes, options.draws)
-        except ValueError as error:
-            parser.error(str(error))
+        scores = measure(options.run, faults[name], options.genotypes, options.draws)
         result[name] = {"taus": taus(scores), "scores": {key: values.tolist() for key, values in scores.items()}}
         file.write_text(json.dumps(result) + "\n", encoding="utf-8")
     for index, name in enumerate(result):
@@ -200,4 +198,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told():
+        main()

@@ -26,7 +26,16 @@ from ftnas.reproduction.jobs import missing, trained
 from ftnas.reproduction.result import collect, write
 from ftnas.reproduction.runner import run
 from ftnas.reproduction.runs import earlier_results
-from ftnas.reproduction.study import SCALES, Planned, plan, read_published, read_scale, read_study, study_names
+from ftnas.reproduction.study import (
+    SCALES,
+    Planned,
+    check_overrides,
+    plan,
+    read_published,
+    read_scale,
+    read_study,
+    study_names,
+)
 
 
 def parsed() -> argparse.Namespace:
@@ -78,17 +87,26 @@ def listing(planned: Sequence[Planned], rows: Container[str], earlier: Container
     return "\n".join(lines)
 
 
+def _check_writable(out: Path) -> None:
+    """Refuse a folder that cannot be made, before there is something to write into it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out (or --cache) {out}: cannot be made ({error.strerror}); give another folder") from None
+
+
 def reproduce(options: argparse.Namespace) -> None:
     scale = read_scale(options.scale)
     if options.seeds:
-        if len(set(options.seeds)) < len(options.seeds):
-            raise ValueError(f"--seeds: each is given once, got {' '.join(map(str, options.seeds))}")
+        if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
+            raise ValueError(f"--seeds: numbers from 0 on, each once, got {' '.join(map(str, options.seeds))}")
         scale = scale.model_copy(update={"seeds": tuple(options.seeds)})
     study = read_study(options.study)
     if options.report and options.row:
         raise ValueError("--row tells what to run, and --report runs nothing; leave one of them out")
     if study.weights and options.earlier:
         raise ValueError(f"{study.name} reads weights, which no earlier result has; leave out --earlier")
+    check_overrides(options.overrides)
     out = options.out or options.cache / f"{study.name}-{options.scale}"
     if out.resolve() in [folder.resolve() for folder in options.earlier]:
         raise ValueError(f"--earlier {out}: the new result would overwrite it; give another --out")
@@ -97,6 +115,7 @@ def reproduce(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(listing(planned, rows, earlier))
         return
+    _check_writable(out)
     failure = None
     if not options.report:
         try:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ftnas import plots
+from ftnas.mistakes import told
 from ftnas.records import Comparison, read_comparison
 from ftnas.stats import Interval, mean_interval, seed_difference
 from ftnas.tables import rate_label
@@ -123,13 +123,11 @@ def main() -> None:
     parser.add_argument("--lost", type=float, default=3.0, help="points of accuracy, for the thresholds (default: 3)")
     parser.add_argument("--picture", nargs=2, metavar=("FAULT", "PATH"), help="draw one fault model")
     options = parser.parse_args()
-    try:
+    with told():
         run = read_comparison(options.run / "records.jsonl")
         print(tables(run, lost=options.lost / 100))
         if options.picture:
             picture(run, options.picture[0], Path(options.picture[1]))
-    except (ValueError, OSError) as error:
-        sys.exit(f"seeds_table: {error}")
 
 
 if __name__ == "__main__":

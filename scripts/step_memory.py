@@ -25,6 +25,7 @@ import torch
 from ftnas.faults import AdSAF
 from ftnas.faults.hardware import Hardware
 from ftnas.heap import keep_memory
+from ftnas.mistakes import positive, to_write
 from ftnas.recipe import SgdConfig
 from ftnas.rng import generator, isolated
 from ftnas.space import Genotype, Supernet, build_network, load_space
@@ -104,18 +105,21 @@ def growth(kind: str, number_of_steps: int) -> list[dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, help="measure the growth over so many tiny steps, not the peaks")
-    parser.add_argument("--cells", type=int, default=8)
-    parser.add_argument("--channels", type=int, default=20)
-    parser.add_argument("--size", type=int, default=32, help="pixels of the square images (default: 32)")
-    parser.add_argument("--batch", type=int, help="images per step (default: 64 for search, 128 for retraining)")
-    parser.add_argument("--json", type=Path, help="file for the result; it is printed as well")
+    parser.add_argument("--steps", type=positive, help="measure the growth over so many tiny steps, not the peaks")
+    sizes = {"cells": 8, "channels": 20, "size": 32}
+    parser.add_argument("--cells", type=positive, help="(default: 8)")
+    parser.add_argument("--channels", type=positive, help="(default: 20)")
+    parser.add_argument("--size", type=positive, help="pixels of the square images (default: 32)")
+    parser.add_argument("--batch", type=positive, help="images per step (default: 64 for search, 128 for retraining)")
+    parser.add_argument("--json", type=to_write, help="file for the result; it is printed as well")
     options = parser.parse_args()
+    given = {name: getattr(options, name) for name in (*sizes, "batch") if getattr(options, name) is not None}
+    if options.steps and given:
+        parser.error(f"--steps takes steps of one tiny size; leave out --{', --'.join(given)}")
     found: dict[str, Any] = {}
     context = multiprocessing.get_context("spawn")
     for kind, batch in (("search", 64), ("retraining", 128)):
-        sizes = {"cells": options.cells, "channels": options.channels, "size": options.size}
-        sizes["batch"] = options.batch or batch
+        sizes = {**sizes, "batch": batch, **given}
         with context.Pool(1) as pool:
             job = (
                 pool.apply_async(growth, (kind, options.steps))

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 
 from ftnas import plots
+from ftnas.mistakes import told
 from ftnas.records import Comparison, read_comparison
 from ftnas.stats import Interval, hierarchical_bootstrap, mean_interval
 from ftnas.tables import big, fault_name, rate_label
@@ -36,6 +38,31 @@ def accuracies(runs: Sequence[Comparison], fault: str, model: str, rates: Sequen
     return np.stack(arrays)
 
 
+def check_independent(paths: Sequence[Path]) -> None:
+    """Check that all are runs of one config, each with a seed of its own.
+
+    Raises:
+        ValueError: One line: two runs with the same seed, or whose configs differ in more than it.
+    """
+    configs = [_config(path) for path in paths]
+    seeds: dict[int, Path] = {}
+    for path, config in zip(paths, configs, strict=True):
+        seed = config.pop("seed", 0)
+        if seed in seeds:
+            raise ValueError(f"{path} and {seeds[seed]} have the same seed, {seed}; give runs that differ in seed")
+        seeds[seed] = path
+        for key in sorted({*config, *configs[0]}):
+            if config.get(key) != configs[0].get(key):
+                raise ValueError(f"{path} and {paths[0]} are no runs of one config: {key} differs between them")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """Return what a run was asked for, but for its name, its workers and where its images lie."""
+    config = dict(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+    data = {key: value for key, value in config.get("data", {}).items() if key not in ("root", "download", "workers")}
+    return {**{key: config[key] for key in config if key not in ("name", "description", "pool")}, "data": data}
+
+
 def over_runs(array: np.ndarray) -> Interval:
     """Return the mean with Student's interval over the runs."""
     return mean_interval(array.reshape(len(array), -1).mean(axis=1))
@@ -51,6 +78,7 @@ def study(paths: Sequence[Path], picture: Path | None) -> str:
     """Return the tables of a study in Markdown, and draw its curves if asked."""
     if len(paths) < 2:
         raise ValueError("a study needs at least two runs, got one")
+    check_independent(paths)
     runs = [read_comparison(path / "records.jsonl") for path in paths]
     classes = json.loads((paths[0] / "run.json").read_text(encoding="utf-8"))["num_classes"]
     lines: list[str] = []
@@ -122,10 +150,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of one config, at least two")
     parser.add_argument("--picture", type=Path, help="write PICTURE.png and PICTURE.svg (one fault model)")
     options = parser.parse_args()
-    try:
+    with told():
         print(study(options.runs, options.picture))
-    except (ValueError, OSError) as error:
-        sys.exit(f"study: {error}")
 
 
 if __name__ == "__main__":

@@ -516,8 +516,9 @@ def study_script(folder, capsys):
     (folder / "study.yaml").write_text(yaml.safe_dump(tiny_study(folder).model_dump(mode="json")))
 
     def reproduce(cache, *arguments):
-        common = ("--cache", cache, "--scale", "full", "--seeds", 0, 1)
+        common = ("--seeds", 0, 1, "--scale", "full", "--cache", cache)
         code, out, err = script(capsys, folder / "study.yaml", *common, *arguments)
+        reproduce.told = err
         return code, err.splitlines()[-1] if code else out
 
     return reproduce
@@ -564,6 +565,19 @@ def test_a_table_joins_what_was_run_in_several_places(tmp_path, capsys, monkeypa
     assert code == 0 and all(line in again.splitlines() for line in cells[0])
     assert reproduce(one, *earlier) == (0, whole)
 
+    # what contradicts is told, and the last one taken, unless the cache has its own
+    other = [{**line, "accuracy": {"mibb": {"0": [0.25], "0.001": [0.25, 0.25]}}} for line in lines[2]]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in other))
+    both = ("--earlier", there / "tiny-full", "--earlier", tmp_path / "other")
+    for cache, shown in ((tmp_path / "empty", "| 25.0 | 25.0 |"), (one, cells[0][0])):
+        code, text = reproduce(cache, "--report", *both)
+        assert code == 0 and any(line.startswith(ours[0]) and line.endswith(shown) for line in text.splitlines())
+        told = reproduce.told
+        assert f"a, seed 1 (train {lines[2][1]['training']}): results differ; " in told
+        assert ("that of the cache is taken" in told) == (cache == one)
+        assert ("the cache has all of its runs" in told) == (cache == one)
+
 
 def test_earlier_results_that_do_not_fit_are_told_in_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ftnas.reproduction.study.read_scale", lambda _: TINY.model_copy(update={"images": 8}))
@@ -584,6 +598,10 @@ def test_earlier_results_that_do_not_fit_are_told_in_one_line(tmp_path, capsys, 
     assert "none of its runs is one of this study" in refused("--earlier", result, "train.recipe.lr=0.01")
     assert "no result is there" in refused("--earlier", there)
     assert "give another --out" in refused("--earlier", result, cache=there)
+    assert "campaign.devices: has no effect on the runs of a study" in refused("campaign.devices=3")
+    assert "train.seeds: has no effect" in refused("train.seeds=[4]")
+    (tmp_path / "file").write_text("")
+    assert "cannot be made (File exists); give another folder" in refused("--out", tmp_path / "file")
     assert not here.exists()
 
     for part, digest in (("training", "train_digest"), ("test", "test_digest")):
@@ -692,7 +710,7 @@ def test_the_script_explains_a_mistake_in_one_line(capsys):
     code, out, err = script(capsys, "scales")
     assert code == 2 and "there is: channels, figure9" in err and "published" not in err
     code, out, err = script(capsys, "table5", "--seeds", 0, 1, 0, "--dry-run")
-    assert (code, err) == (2, "error: --seeds: each is given once, got 0 1 0\n")
+    assert (code, err) == (2, "error: --seeds: numbers from 0 on, each once, got 0 1 0\n")
 
 
 def documented_lines():

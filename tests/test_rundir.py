@@ -17,7 +17,16 @@ import yaml
 
 from ftnas import rundir
 from ftnas.rundir import RunDir, _commit, code_version
-from ftnas.storage import LARGE, Checkpoints, Journal, Lock, atomic_write, read_journal
+from ftnas.storage import (
+    LARGE,
+    Checkpoints,
+    Journal,
+    Lock,
+    atomic_write,
+    load_checkpoint,
+    read_journal,
+    save_checkpoint,
+)
 
 CONFIG = {"seed": 3, "search": {"epochs": 2, "lr": 0.1}, "name": "läuft"}
 
@@ -414,3 +423,17 @@ def test_tensorboard_resumes_without_warnings(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "search" / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("reward")] == [(0, 0), (1, 1), (2, 10)]
+
+
+def test_a_checkpoint_with_a_changed_byte_is_refused(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"weight": torch.zeros(1000), "epoch": 3})
+    whole = path.read_bytes()
+    place = whole.index(bytes(4000)) + 100  # within the values
+    path.write_bytes(whole[:place] + b"\x01" + whole[place + 1 :])
+    with pytest.raises(ValueError, match=rf"{path}: damaged: '\S*data/0' in it has another checksum"):
+        load_checkpoint(path)
+    path.write_bytes(whole)
+    assert load_checkpoint(path)["epoch"] == 3
+    torch.save({"epoch": 4}, path, _use_new_zipfile_serialization=False)  # the format of before, without checksums
+    assert load_checkpoint(path) == {"epoch": 4}

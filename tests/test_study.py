@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from scipy import stats
 from test_report import make_records, write
 
@@ -19,6 +20,13 @@ def study(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def configure(path, *, seed, **changes):
+    """Write the config of a run."""
+    config = {"name": path.name, "seed": seed, "data": {"name": "digits", "root": str(path)}, **changes}
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    return path
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
@@ -27,6 +35,7 @@ def runs(tmp_path_factory):
         lines = make_records(seeds=2, devices=4, gap=gap, names=("found", "res_net"), images=40)
         made.append((write(folder / str(number), lines), lines))
         (folder / str(number) / "run.json").write_text(json.dumps({"num_classes": 10}))
+        configure(folder / str(number), seed=number)
     return made
 
 
@@ -51,12 +60,23 @@ def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path):
     path, lines = runs[0]
     other = write(tmp_path / "other", [line for line in lines if line["model"] == "found"])
     short = write(tmp_path / "short", [line for line in lines if line["train_seed"] == 0])
+    again, longer = (write(tmp_path / name, lines) for name in ("again", "longer"))
+    for folder, seed, changes in (
+        (other, 1, {}),
+        (short, 2, {}),
+        (again, 0, {}),
+        (longer, 3, {"train": {"epochs": 9}}),
+    ):
+        configure(folder, seed=seed, **changes)
     for arguments, message in [
         ([path], "at least two runs"),
-        ([path, tmp_path], "no records"),
+        ([path, tmp_path], "config.yaml"),
+        ([path, path], "have the same seed, 0"),
+        ([path, again], "have the same seed, 0"),
+        ([path, longer], "no runs of one config: train differs"),
         ([path, other], "res_net has no measurement under mibb"),
         ([path, short], "must agree in training seeds"),
     ]:
         result = study(*arguments)
-        assert result.returncode == 1 and result.stderr.startswith("study: ") and message in result.stderr
+        assert result.returncode == 2 and result.stderr.startswith("error: ") and message in result.stderr
         assert result.stderr.count("\n") == 1

@@ -168,7 +168,8 @@ def to_markdown(outcome: Outcome) -> str:
 
 def _taken(outcome: Outcome) -> list[str]:
     """Return lines on what earlier results were taken for."""
-    taken, unknown = [], []
+    taken: list[str] = []
+    unknown: list[str] = []
     for entry in outcome.planned:
         found = [outcome.earlier[job.key] for job in entry.jobs if job.key in outcome.earlier]
         for names, runs_of in ((taken, found), (unknown, [run for run in found if run.test_digest is None])):

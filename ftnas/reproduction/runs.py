@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from ftnas.progress import say
 from ftnas.records import SCHEMA
 from ftnas.reproduction.jobs import (
     TEST_DIGEST,
@@ -120,6 +121,8 @@ def _shown(rate: float) -> str:
 def earlier_results(folders: Sequence[Path], planned: Sequence[Planned]) -> dict[str, Run]:
     """Return, by the hash of the training, what earlier results know of runs that the cache does not have.
 
+    Results of one run that differ are told; of two earlier ones the last is taken, none where the cache has its own.
+
     Args:
         folders: Of results, with a ``runs.jsonl``.
         planned: The runs of a study.
@@ -127,20 +130,38 @@ def earlier_results(folders: Sequence[Path], planned: Sequence[Planned]) -> dict
     Raises:
         ValueError: One line: no result there, what is wrong with it, or none of it is of this study.
     """
-    found, of_study = {}, False
+    found: dict[str, Run] = {}
+    of_study = False
     runs = [run for folder in folders for run in _read(folder / FILE)]
     for entry in planned:
         for job in entry.jobs:
             same = [run for run in runs if run.covers(job, entry.measurements)]
+            own = finished(job, entry.measurements)
             of_study |= bool(same)
-            if same and not finished(job, entry.measurements):
+            if same and not own:
                 found[job.key] = same[-1]
+            known = [_accuracies(run.records(measurement) for measurement in entry.measurements) for run in same]
+            if own and same:
+                known.append(_accuracies(records(job, measurement) for measurement in entry.measurements))
+            if any(each != known[-1] for each in known):
+                say(
+                    f"warning: {entry.row.name}, seed {job.seed} (train {job.key}): results differ; "
+                    f"{'that of the cache' if own else 'the last of them'} is taken"
+                )
+    where = f"--earlier {', '.join(map(str, folders))}"
     if folders and not of_study:
         raise ValueError(
-            f"--earlier {', '.join(map(str, folders))}: none of its runs is one of this study under these settings, "
-            "measured to the end; give the overrides that they were made with, or leave it out"
+            f"{where}: none of its runs is one of this study under these settings, measured to the end; give the "
+            "overrides that they were made with, or leave it out"
         )
+    if folders and not found:
+        say(f"{where}: the cache has all of its runs that are of this study")
     return found
+
+
+def _accuracies(sweeps: Iterable[Sequence[Mapping[str, Any]]]) -> list[dict[tuple[float, int | None], float]]:
+    """Return the accuracy of each device at each rate, for each sweep."""
+    return [{(line["rate"], line["device"]): line["accuracy"] for line in lines} for lines in sweeps]
 
 
 def _read(path: Path) -> Iterator[Run]:

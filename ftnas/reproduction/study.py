@@ -22,6 +22,12 @@ from ftnas.space import Genotype, load_space
 FOLDER = "configs/reproduction"
 SCALES = ("small", "full")
 _DATA = ("published", "scales")
+_NO_EFFECT = {
+    **dict.fromkeys(("campaign", "single_faults", "protections", "bounds"), "the study says what is measured"),
+    **dict.fromkeys(("name", "description"), "runs are called after their hashes"),
+    **dict.fromkeys(("control", "models", "train.asha"), "no row has it"),
+    "train.seeds": "training seeds are those of the scale; give --seeds",
+}
 
 
 class PublishedRow(Settings):
@@ -314,6 +320,19 @@ def plan(study: Study, *, scale: str, settings: Scale, cache: Path, overrides: S
             jobs.append(Job(config=config.model_copy(update={"train": stage}), model=row.model, cache=cache))
         planned.append(Planned(row=row, jobs=tuple(jobs), measurements=measurements))
     return planned
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse a user's overrides that change no run of a study.
+
+    Raises:
+        ValueError: One line: which, and why.
+    """
+    for override in overrides:
+        path = override.partition("=")[0].strip()
+        for key, why in _NO_EFFECT.items():
+            if path == key or path.startswith(f"{key}."):
+                raise ValueError(f"{path}: has no effect on the runs of a study, {why}; leave it out")
 
 
 def _sampled(row: Row, scale: str, cache: Path) -> list[str]:

@@ -50,6 +50,8 @@ class SweepConfig(Settings):
     def _in_range(self) -> SweepConfig:
         for rate in self.rates:
             self.fault.with_rate(rate)
+            if self.rates.count(rate) > 1:
+                raise ValueError(f"rates: each is given once, got {rate:g} twice")
         return self
 
     @property

@@ -213,18 +213,47 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Complexity:
         model: Takes images alone.
         input_shape: (C, H, W) of an image.
     """
-    first = next(model.parameters(), torch.empty(0))
-    image = torch.zeros(1, *input_shape, dtype=first.dtype, device=first.device)
-    training = [module for module in model.modules() if module.training]
     counter = FlopCounterMode(display=False)
+    with counter:
+        _try(model, 1, input_shape)
+    return Complexity(sum(p.numel() for p in model.parameters()), counter.get_total_flops())
+
+
+def check_logits(model: nn.Module, input_shape: Sequence[int], num_classes: int) -> None:
+    """Check that a model gives logits, by running two zero images through it as `count` does.
+
+    Args:
+        model: Of the user's own.
+        input_shape: (C, H, W) of an image.
+        num_classes: Of the images.
+
+    Raises:
+        ValueError: Its forward raises something, or gives anything else than a tensor [2, num_classes].
+    """
+    try:
+        found = _try(model, 2, input_shape)
+    except Exception as error:  # the user's own code
+        raise ValueError(
+            f"on images of shape {[2, *input_shape]} its forward raises {type(error).__name__}: "
+            f"{' '.join(str(error).split())} (FTNAS_DEBUG=1 shows where)"
+        ) from error
+    shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != [2, num_classes]:
+        raise ValueError(f"must give logits, {[2, num_classes]} for two images of {num_classes} classes, got {shape}")
+
+
+def _try(model: nn.Module, num_images: int, input_shape: Sequence[int]) -> Any:
+    """Return what a model gives in evaluation mode for zero images; its state and modes stay as they are."""
+    first = next(model.parameters(), torch.empty(0))
+    images = torch.zeros(num_images, *input_shape, dtype=first.dtype, device=first.device)
+    training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        with torch.no_grad(), counter:
-            model(image)
+        with torch.no_grad():
+            return model(images)
     finally:
         for module in training:
             module.training = True
-    return Complexity(sum(p.numel() for p in model.parameters()), counter.get_total_flops())
 
 
 def save_model(path: str | Path, model: nn.Module, spec: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -326,6 +355,25 @@ def call_factory(name: str, *, num_classes: int, in_channels: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"factory {name!r}: must return a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def load_factory(name: str, checkpoint: str | Path, *, num_classes: int, in_channels: int) -> nn.Module:
+    """Build the user's own network and load its weights; nothing but tensors is read from the checkpoint.
+
+    Raises:
+        ValueError: As `call_factory`; or the checkpoint cannot be read or does not fit.
+    """
+    network = call_factory(name, num_classes=num_classes, in_channels=in_channels)
+    state = load_checkpoint(checkpoint)
+    for key in ("state_dict", "model"):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        problem = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{checkpoint}: does not fit {name!r}: {problem}") from None
+    check_state(network.state_dict(), network.state_dict(), where=str(checkpoint))
+    return network
 
 
 def _plain(data: Mapping[str, Any], what: str) -> Any:

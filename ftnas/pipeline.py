@@ -10,14 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ftnas.campaign import Subject, run_campaign
-from ftnas.config import SEARCHES, GivenModel, RunConfig
+from ftnas.config import SEARCHES, RunConfig
 from ftnas.data import DataConfig, ImageSet, load, stratified_split
 from ftnas.derive import WINNER
 from ftnas.devices import compute_exactly
-from ftnas.models import ModelConfig, build_spec, call_factory, check_state, count, describe, load_model
+from ftnas.models import ModelConfig, about, build_spec, check_logits, count, describe, load_factory, load_model
 from ftnas.parallel import SearchJob, check_ranks, search_on_ranks
 from ftnas.progress import say
 from ftnas.protection import run_protection
@@ -27,7 +26,6 @@ from ftnas.rundir import Folder, RunDir, quoted
 from ftnas.search import SearchConfig
 from ftnas.single import run_single_faults
 from ftnas.space import Genotype
-from ftnas.storage import load_checkpoint
 from ftnas.tolerance import ToleranceConfig, run_tolerance
 from ftnas.trainings import MODEL, STOPPED, Failure, Training, check_failures, train_in_turn
 from ftnas.tuning import train_on_workers
@@ -190,6 +188,8 @@ class Pipeline:
                     self._check_file(f"train.models.{name}.{key}", getattr(model, key))
             self._check_ahead()
             _say_unreached(stage.recipe, stage.recipe.epochs, where="train.recipe")
+            if stage.recipe.alpha_l == 0.0 and self.config.hardware.faulty and self.config.search is None:
+                say("note: train.recipe.alpha_l=0 trains without faults; the fault of hardware plays no part in it")
             if self.config.pool.workers:
                 failures = train_on_workers(
                     trainings, self.train_images, pool=self.config.pool, asha=stage.asha, folder=self.run.stage("train")
@@ -302,7 +302,11 @@ class Pipeline:
             if given.file is not None:
                 yield self._subject(name, Path(given.file), allow_factory=False)
                 continue
-            network = _from_factory(given, num_classes=len(images.classes), in_channels=images.shape[0])
+            assert given.factory is not None and given.checkpoint is not None
+            classes, channels = len(images.classes), images.shape[0]
+            network = load_factory(given.factory, given.checkpoint, num_classes=classes, in_channels=channels)
+            with about(name):
+                check_logits(network, images.shape, classes)
             size = count(network, images.shape)
             yield Subject(name, 0, "given", size, network.to(self.device).eval)
 
@@ -352,22 +356,6 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={name}: torch sees no CUDA device here; use device=cpu or auto")
     return torch.device(name)
-
-
-def _from_factory(given: GivenModel, *, num_classes: int, in_channels: int) -> nn.Module:
-    """Build the user's own network and load its weights; nothing but tensors is read from the checkpoint."""
-    assert given.factory is not None and given.checkpoint is not None
-    network = call_factory(given.factory, num_classes=num_classes, in_channels=in_channels)
-    state = load_checkpoint(given.checkpoint)
-    for key in ("state_dict", "model"):
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    try:
-        network.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        problem = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{given.checkpoint}: does not fit {given.factory!r}: {problem}") from None
-    check_state(network.state_dict(), network.state_dict(), where=given.checkpoint)
-    return network
 
 
 def bounded_images(data: DataConfig, bounds: ToleranceConfig) -> ImageSet:

@@ -38,6 +38,7 @@ class Record(BaseModel):
         device: The device's seed number; None at rate 0.
         rate: Of the sweep, or its sigma.
         accuracy: In [0, 1].
+        hits: Of the faults; None where it was not kept.
         nonfinite: Images for which the model gave NaN or an infinity; they count as wrong.
         nan_zeroed: Weights that faults turned into NaN and the model read as 0.
         features_zeroed: Features that were NaN and that it read as 0.
@@ -58,6 +59,7 @@ class Record(BaseModel):
     num_images: int = Field(ge=1)
     flops: int
     params: int
+    hits: int | None = None
     nonfinite: int = 0
     nan_zeroed: int = 0
     features_zeroed: int = 0
@@ -314,6 +316,9 @@ def _gaps(points: dict[tuple[str, str, float], dict[tuple[int, int | None], Reco
         short = [name for name in names if counts[name] / seeds[name] < max(counts[n] / seeds[n] for n in names)]
         if short:
             notes.append(f"{fault}, rate {rate:g}: fewer devices were measured for {', '.join(short)} than for others.")
+    for (fault, name, rate), point in points.items():
+        if rate and all(record.hits == 0 for record in point.values()):
+            notes.append(f"{fault}, rate {rate:g}: no fault hit anything in {name}; the rate is too low to tell more.")
     for what, field_name in (("weights", "nan_zeroed"), ("features", "features_zeroed")):
         for name in names:
             count = sum(getattr(r, field_name) for p in points if p[1] == name for r in points[p].values())

@@ -27,7 +27,7 @@ from ftnas.rng import generator, isolated, seed_for
 from ftnas.rundir import Folder
 from ftnas.settings import Count, Rate
 from ftnas.space import Genotype, Space, Supernet, load_space
-from ftnas.train import CHECKPOINT, FaultTolerantLoss, check_alpha, check_finite, finite_means, move
+from ftnas.train import CHECKPOINT, FaultTolerantLoss, check_alpha, check_finite, finite_means, move, tell_unhit
 from ftnas.workers import open_pool
 
 if TYPE_CHECKING:
@@ -198,6 +198,8 @@ class Search:
         with track(self._title, self.config.epochs, done=first, after_s=silent) as progress:
             for epoch in range(first, self.config.epochs):
                 record: dict[str, Any] = {"epoch": epoch, **self._weights_epoch(epoch)}
+                if epoch == first and self.config.weights.alpha_l > 0.0:
+                    tell_unhit(self._title, record)
                 if epoch >= self.config.warmup_epochs:
                     record |= self._controller_epoch(epoch, candidates)
                 self._scheduler.step()

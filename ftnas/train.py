@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -23,7 +23,7 @@ from ftnas.faults import Injection
 from ftnas.faults.hardware import Hardware
 from ftnas.graphs import WARM_UP, CudaGraph, Graph, GraphedStep
 from ftnas.models import check_state
-from ftnas.progress import track
+from ftnas.progress import say, track
 from ftnas.recipe import TrainConfig
 from ftnas.regularizers import Regularization
 from ftnas.rng import generator, isolated, seed_for
@@ -207,6 +207,8 @@ def fit(
                 record = run(epoch=epoch)
             scheduler.step()
             history.append(record)
+            if epoch == first and config.alpha_l > 0.0:
+                tell_unhit(title, record)
             if checkpoints.due or epoch + 1 == config.epochs:
                 state = {
                     "epoch": epoch + 1,
@@ -312,6 +314,12 @@ def move(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, g
     if grad_clip is not None:
         nn.utils.clip_grad_norm_(parameters, grad_clip)
     optimizer.step()
+
+
+def tell_unhit(title: str, record: Mapping[str, Any]) -> None:
+    """Say so where faults hit nothing in the epoch of a record, so that training under them is training without."""
+    if not record["hits"]:
+        say(f"warning: {title}: no fault hit anything in epoch {record['epoch']}; its rate is too low to learn from")
 
 
 class DivergedError(RuntimeError):

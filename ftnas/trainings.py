@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ftnas.data import DataConfig, ImageSet, stratified_split
 from ftnas.faults.hardware import Hardware
-from ftnas.models import about, build_spec, resolved_spec, save_model
+from ftnas.models import about, build_spec, check_logits, resolved_spec, save_model
 from ftnas.progress import say
 from ftnas.recipe import TrainConfig
 from ftnas.rundir import Folder, quoted
@@ -109,7 +109,10 @@ class Training:
         hardware = self.hardware.without_faults() if recipe.alpha_l == 0.0 else self.hardware
 
         def build() -> nn.Module:
-            return build_spec(self.spec, seed=self.seed, allow_factory=True, start=self.start).to(images.device)
+            network = build_spec(self.spec, seed=self.seed, allow_factory=True, start=self.start)
+            if self.spec["kind"] == "factory":
+                check_logits(network, images.shape, len(images.classes))
+            return network.to(images.device)
 
         common: dict[str, Any] = {"config": recipe, "seed": self.seed, "title": self.title, "epoch_done": epoch_done}
         if recipe.rate_protocol is None:

@@ -113,6 +113,7 @@ def test_records_that_cannot_be_read_are_named(images, tmp_path):
     ("sweeps", "message"),
     [
         ([SWEEPS[0], SWEEPS[1], SWEEPS[0] | {"rates": [0.2]}], "two sweeps are called 'mibb'"),
+        ([SWEEPS[0] | {"rates": [0.2, 0.2]}], "rates: each is given once, got 0.2 twice"),
         ([SWEEPS[0] | {"rates": [0.2, 1.5]}], "less than or equal to 1, got 1.5"),
         ([{"fault": {"name": "adsaf", "sa0_rate": 0, "sa1_rate": 0}, "rates": [0.1]}], "both are 0 here"),
     ],

@@ -276,6 +276,50 @@ def test_a_factory_that_fails_is_the_users_to_mend(kind, finished, tmp_path, cap
     assert error.count(message) == 2 and "Traceback" not in error
 
 
+NETWORKS = {
+    "too many": (
+        "nn.Linear(64, num_classes + 1)",
+        "x",
+        r"must give logits, [2, 10] for two images of 10 classes, got [2, 11]",
+    ),
+    "two": (
+        "nn.Linear(64, num_classes)",
+        "(x, x)",
+        "must give logits, [2, 10] for two images of 10 classes, got tuple",
+    ),
+    "maps": ("nn.Linear(64, num_classes)", "x[..., None]", "of 10 classes, got [2, 10, 1]"),
+    "raises": (
+        "nn.Linear(64, num_classes)",
+        "{}['no']",
+        "on images of shape [2, 1, 8, 8] its forward raises KeyError: 'no'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_network_of_ones_own_must_give_logits(kind, tmp_path, monkeypatch, capsys):
+    layer, given, message = NETWORKS[kind]
+    (tmp_path / f"own_{kind.replace(' ', '_')}.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, num_classes, in_channels):\n"
+        f"        super().__init__()\n        self.layer = {layer}\n"
+        "    def forward(self, x):\n"
+        f"        x = self.layer(x.flatten(1))\n        return {given}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"own_{kind.replace(' ', '_')}:Net"
+    classes = 11 if kind == "too many" else 10
+    torch.save({"layer.weight": torch.zeros(classes, 64), "layer.bias": torch.zeros(classes)}, tmp_path / "own.pt")
+    trained = ["train", "quickstart", *TRAIN, f"train.models={{a: {{factory: '{name}'}}}}", "campaign=null"]
+    own = f"models={{a: {{factory: '{name}', checkpoint: {tmp_path}/own.pt}}}}"
+    campaign = ["campaign", "quickstart", "search=null", "control=null", "train=null", own]
+    for place, command in (("trained", trained), ("given", campaign)):
+        assert ftnas(*command, "--out", tmp_path / place) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: a: ") and message in error
+
+
 def test_nan_in_the_users_weights_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "own_net.py").write_text(
         "from torch import nn\n"

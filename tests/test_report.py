@@ -381,3 +381,12 @@ def test_a_search_of_one_step_has_no_history_picture(tmp_path):
     page = make_report(run, console=Console(file=io.StringIO())).path / "report" / "report.html"
     assert "The random control scored its candidates at the end" in page.read_text()
     assert not (run / "report" / "search-control.png").exists() and (run / "report" / "search.png").exists()
+
+
+def test_rates_at_which_nothing_was_hit_are_noted(tmp_path):
+    lines = [{**line, "hits": 0 if line["rate"] in (0.0, RATES[0]) else 7} for line in make_records(names=("a", "b"))]
+    comparison = read_comparison(write(tmp_path, lines) / "records.jsonl")
+    wanted = [f"mibb, rate 0.0003: no fault hit anything in {name}; the rate is too low to tell more." for name in "ab"]
+    assert comparison.notes == wanted
+    unknown = [{key: value for key, value in line.items() if key != "hits"} for line in lines]
+    assert read_comparison(write(tmp_path, unknown) / "records.jsonl").notes == []

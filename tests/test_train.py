@@ -241,6 +241,14 @@ def test_what_the_last_step_of_an_epoch_breaks_reaches_no_checkpoint(name, image
     assert all(torch.equal(value, whole[key]) for key, value in model.state_dict().items())
 
 
+def test_faults_that_hit_nothing_are_told(images, tmp_path, capsys):
+    for rate, told in ((1e-12, True), (0.01, False)):
+        hardware = Hardware(fault=MiBB(mac_error_rate=rate), layers=None)
+        with RunDir.create(tmp_path / str(rate), {}) as run:
+            fit(small_net(), images, config=recipe(epochs=2), hardware=hardware, seed=1, folder=run)
+        assert capsys.readouterr().err.count("no fault hit anything in epoch 0") == int(told)
+
+
 def test_buffers_of_ones_own_may_hold_anything(images, tmp_path):
     class Own(nn.Sequential):
         def get_extra_state(self):

@@ -314,7 +314,11 @@ class Pipeline:
         network, metadata = load_model(path, allow_factory=allow_factory)
         images = self.train_images
         if list(metadata.get("classes", images.classes)) != list(images.classes):
-            raise ValueError(f"{path}: trained for other classes than {self.config.data.name} has")
+            theirs, ours = metadata["classes"], list(images.classes)
+            raise ValueError(
+                f"{path}: trained for {_listed(theirs)}, and {self.config.data.name} has {_listed(ours)}; give the "
+                "images that it was trained for, or a model of these"
+            )
         shape = list(metadata.get("shape", images.shape))
         if shape != list(images.shape):
             raise ValueError(
@@ -365,6 +369,10 @@ def bounded_images(data: DataConfig, bounds: ToleranceConfig) -> ImageSet:
         ValueError: The dataset is missing or unreadable.
     """
     return _some(load(data, "test"), bounds.images)
+
+
+def _listed(classes: Sequence[str]) -> str:
+    return f"{len(classes)} classes ({', '.join(map(str, classes[:3]))}{', ...' if len(classes) > 3 else ''})"
 
 
 def _some(images: ImageSet, number: int | None) -> ImageSet:

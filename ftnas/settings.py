@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -21,6 +22,8 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+_UNION_MEMBER = re.compile(r"(constrained-)?(int|float|str|bool)$|(tuple|list|function-\w+)\[")
+"""What pydantic puts into the path of a value that may be of several types."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -51,9 +54,13 @@ def parse(cls: type[S], data: Mapping[str, Any], *, where: str = "") -> S:
 
 def first_problem(error: pydantic.ValidationError, cls: type[BaseModel], where: str = "") -> str:
     """Tell the first problem of a validation error in one line."""
-    problem = error.errors(include_url=False)[0]
-    location = [str(part) for part in problem["loc"]]
-    path = ".".join([*([where] if where else []), *location]) or cls.__name__
+    problems = error.errors(include_url=False)
+    problem = problems[0]
+    if problem["type"] == "missing":  # where a key beside it is misspelt, that is what is wrong
+        near = (p for p in problems if p["type"] == "extra_forbidden" and p["loc"][:-1] == problem["loc"][:-1])
+        problem = next(near, problem)
+    location = [str(part) for part in problem["loc"] if not _UNION_MEMBER.match(str(part))]
+    path = ".".join([*([where] if where else []), *location])
     if problem["type"] == "extra_forbidden":
         return f"{path}: unknown key; {did_you_mean(location[-1], _fields_at(cls, location[:-1]))}"
     if problem["type"] == "missing":
@@ -68,8 +75,10 @@ def first_problem(error: pydantic.ValidationError, cls: type[BaseModel], where: 
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
     message = message[:1].lower() + message[1:]
     value = problem["input"]
-    shown = "" if isinstance(value, (dict, BaseModel)) else f", got {_short(value)}"
-    return f"{path}: {message}{shown}"
+    told = isinstance(value, (dict, BaseModel)) or repr(value) in message
+    shown = "" if told else f", got {_short(value)}"
+    named = not path or message.startswith((f"{path}.", f"{path}:"))  # of rules about several keys
+    return f"{message}{shown}" if named else f"{path}: {message}{shown}"
 
 
 def _unquoted(text: str) -> str:

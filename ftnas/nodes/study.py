@@ -216,9 +216,11 @@ class NodesConfig(Settings):
             self._check_variant(name, variant)
         for where in ("kill", "hang"):
             self.partition.check_names(getattr(self.live, where), where=f"live.{where}")
-        if self.compare is not None and (self.compare not in self.variants or self.seeds < 2):
+        if self.compare is not None and self.compare not in self.variants:
             known = did_you_mean(self.compare, self.variants)
-            raise ValueError(f"compare: a variant, and two seeds or more; got {self.compare!r}, {self.seeds}; {known}")
+            raise ValueError(f"compare: no variant {self.compare!r}; {known}")
+        if self.compare is not None and self.seeds < 2:
+            raise ValueError(f"compare takes two seeds or more, got seeds={self.seeds}; give more, or compare=null")
         if self.live.variant is not None and self.live.variant not in self.variants:
             raise ValueError(
                 f"live.variant: no variant {self.live.variant!r}; {did_you_mean(self.live.variant, self.variants)}"

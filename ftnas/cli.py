@@ -355,12 +355,12 @@ def main() -> None:
         cli(standalone_mode=False)
     except click.exceptions.Abort:
         raise SystemExit(130) from None
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         raise SystemExit(error.exit_code) from None
-    except (ValueError, click.UsageError) as error:
+    except (ValueError, click.ClickException) as error:
         _explain(error)
-        raise SystemExit(2) from None
+        raise SystemExit(getattr(error, "exit_code", 2)) from None
     except Exception as error:
         if not isinstance(error, RuntimeError):
             traceback.print_exc()
@@ -390,7 +390,8 @@ def _explain(error: Exception) -> None:
     """Print an error in one line; with FTNAS_DEBUG set, where it comes from too."""
     if os.environ.get("FTNAS_DEBUG"):
         traceback.print_exc()
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+    print("error:", " ".join(text.split()), file=sys.stderr)
 
 
 if __name__ == "__main__":

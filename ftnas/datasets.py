@@ -17,7 +17,7 @@ from torch import Tensor
 from ftnas import rng
 from ftnas.images import select
 from ftnas.registry import Registry
-from ftnas.settings import Count, Settings
+from ftnas.settings import Count, Settings, Side
 
 Split = Literal["train", "test"]
 
@@ -49,7 +49,7 @@ class DataConfig(Settings):
     name: str
     root: str | None = None
     download: bool = False
-    image_size: Count | tuple[Count, Count] | None = None
+    image_size: Side | tuple[Side, Side] | None = None
     channels: Literal[1, 3] | None = None
     unreadable: Literal["error", "skip"] = "error"
     memory_limit_mb: Count = 4096

@@ -14,10 +14,10 @@ _STAGES = ("search", "control", "train", "campaign", "single_faults", "protectio
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table on the standard output; long cells are folded, never cut."""
+    """Print a table on the standard output; long cells are folded, never cut, and names not even folded."""
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
     for row in rows:
         table.add_row(*row)
     Console().print(table)

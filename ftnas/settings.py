@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=1, le=4096)]
+"""Pixels of an image's side."""
 
 
 class Settings(BaseModel):

@@ -228,10 +228,13 @@ def check_logits(model: nn.Module, input_shape: Sequence[int], num_classes: int)
         num_classes: Of the images.
 
     Raises:
-        ValueError: Its forward raises something, or gives anything else than a tensor [2, num_classes].
+        ValueError: Its forward raises something, lack of memory apart, or gives anything else than a tensor
+            [2, num_classes].
     """
     try:
         found = _try(model, 2, input_shape)
+    except (torch.OutOfMemoryError, MemoryError):  # of the machine, and not the model's
+        raise
     except Exception as error:  # the user's own code
         raise ValueError(
             f"on images of shape {[2, *input_shape]} its forward raises {type(error).__name__}: "

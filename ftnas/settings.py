@@ -77,7 +77,7 @@ def first_problem(error: pydantic.ValidationError, cls: type[BaseModel], where: 
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
     message = message[:1].lower() + message[1:]
     value = problem["input"]
-    told = isinstance(value, (dict, BaseModel)) or repr(value) in message
+    told = isinstance(value, (dict, BaseModel)) or (isinstance(value, str) and repr(value) in message)
     shown = "" if told else f", got {_short(value)}"
     named = not path or message.startswith((f"{path}.", f"{path}:"))  # of rules about several keys
     return f"{message}{shown}" if named else f"{path}: {message}{shown}"

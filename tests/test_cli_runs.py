@@ -209,7 +209,7 @@ def test_a_damaged_record_is_named_on_resume(tmp_path, capsys, change, message):
     assert "records.jsonl: record 2" in error and message in error and "Traceback" not in error
 
 
-def test_examples_of_the_help_name_configs_with_that_section(capsys):
+def test_examples_of_the_help_name_configs_with_that_section(capsys, monkeypatch):
     from ftnas.config import read_config
 
     for command, needs in (("run", "search"), ("search", "search"), ("train", "train"), ("bounds", "bounds")):
@@ -219,6 +219,10 @@ def test_examples_of_the_help_name_configs_with_that_section(capsys):
             assert getattr(config, needs) is not None
             if command == "train":
                 assert all(model.genotype is None for model in config.train.models.values())
+    monkeypatch.setenv("COLUMNS", "80")
+    ftnas("configs")
+    assert "train-resnet20-saturated-cifar100" in capsys.readouterr().out.split()  # to be copied, not folded
+    monkeypatch.setenv("COLUMNS", "200")
     ftnas("configs")
     listed = capsys.readouterr().out
     assert "single faults" in listed and "protections" in listed and "bounds" in listed

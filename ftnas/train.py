@@ -325,8 +325,10 @@ def tell_unhit(title: str, record: Mapping[str, Any]) -> None:
 class DivergedError(RuntimeError):
     """A training came to NaN or infinite values."""
 
-    def __init__(self, what: str, where: str) -> None:
-        super().__init__(f"{what} became NaN or infinite in {where}; lower lr, or clip gradients with grad_clip")
+
+def diverged(what: str, where: str) -> DivergedError:
+    """Return the error that says what became so, and in which epoch."""
+    return DivergedError(f"{what} became NaN or infinite in {where}; lower lr, or clip gradients with grad_clip")
 
 
 def finite_means(sums: Tensor, count: int, *, where: str) -> list[float]:
@@ -337,7 +339,7 @@ def finite_means(sums: Tensor, count: int, *, where: str) -> list[float]:
     """
     means = (sums / count).tolist()
     if not all(map(math.isfinite, means)):
-        raise DivergedError("the loss", where)
+        raise diverged("the loss", where)
     return [float(value) for value in means]
 
 
@@ -356,7 +358,7 @@ def check_finite(model: nn.Module, *, where: str) -> None:
     finite = torch.stack(torch._foreach_norm([value.detach() for value in moved.values()], math.inf)).isfinite()
     broken = next((name for name, is_finite in zip(moved, finite.tolist(), strict=True) if not is_finite), None)
     if broken is not None:
-        raise DivergedError(repr(broken), f"the last step of {where}")
+        raise diverged(repr(broken), f"the last step of {where}")
 
 
 def check_alpha(alpha_l: float, hardware: Hardware, name: str) -> None:

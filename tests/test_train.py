@@ -1,6 +1,7 @@
 """The fault-tolerant loss against its formula, and a fit loop that a kill does not change."""
 
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -184,7 +185,7 @@ def test_a_rate_that_diverges_does_not_pass(images, tmp_path, monkeypatch, capsy
 
     def fit_or_diverge(model, *args, hardware, **kwargs):
         if hardware.fault.mac_error_rate in diverges:
-            raise DivergedError("the loss", "epoch 0")
+            raise train.diverged("the loss", "epoch 0")
         return fit(model, *args, hardware=hardware, **kwargs)
 
     monkeypatch.setattr(trainings, "fit", fit_or_diverge)
@@ -283,6 +284,12 @@ def test_the_hits_of_a_known_device_are_told_in_every_epoch(images, tmp_path):
         resumed = fit(small_net(), images, folder=run, **given)
     assert whole == resumed
     assert {(line["hits"], line["sites"]) for line in whole} == {(injection.record.hits, injection.record.sites)}
+
+
+def test_what_diverged_is_told_across_processes():
+    error = train.diverged("the loss", "epoch 3")
+    again = pickle.loads(pickle.dumps(error))  # as Ray sends it
+    assert type(again) is DivergedError and str(again) == str(error)
 
 
 def test_a_diverging_loss_is_an_error(images, tmp_path):

@@ -77,8 +77,8 @@ def num_scored(num_images: int, size: int) -> int:
 class Scorer:
     """Scores single candidates on a supernet under injected faults: the job of the pool."""
 
-    def __init__(self, supernet: Supernet, hardware: Hardware) -> None:
-        self._supernet, self._hardware = supernet, hardware
+    def __init__(self, supernet: Supernet, hardware: Hardware, *, joint: bool = False) -> None:
+        self._supernet, self._hardware, self._joint = supernet, hardware, joint
         self._open: contextlib.ExitStack | None = None
         self._flat: FlatWeights | None = None  # made by a worker
         self._version = self._number = -1
@@ -97,6 +97,7 @@ class Scorer:
                 alpha_r=terms.alpha_r,
                 draws=terms.draws,
                 first_draw=terms.first_draw,
+                joint=self._joint,
             )
         except BaseException as error:
             if self._open is not None:  # left as by an error: an injection that was cut short has nothing to check
@@ -138,17 +139,20 @@ class Candidates:
         supernet: Shared weights; they are read at each `weights`.
         hardware: Faults and number formats.
         events: Takes a kind and fields: what went wrong.
+        joint: Compute the clean and the one faulty forward of a candidate as one.
 
     Raises:
         ValueError: The pool has workers, and the supernet is not on the CPU.
     """
 
-    def __init__(self, pool: Pool, supernet: Supernet, hardware: Hardware, *, events: Events) -> None:
+    def __init__(
+        self, pool: Pool, supernet: Supernet, hardware: Hardware, *, events: Events, joint: bool = False
+    ) -> None:
         device = next(supernet.parameters()).device
         if not pool.shares_memory and device.type != "cpu":
             raise ValueError(f"pool.workers score on the CPU, and the run is on {device}; use workers=0")
         self._pool, self._supernet, self._events = pool, supernet, events
-        self._scorer = Scorer(supernet, hardware)
+        self._scorer = Scorer(supernet, hardware, joint=joint)
         self._job = pool.put(self._scorer)
         self._version = self._number = 0
         self._weights: Weights | None = None

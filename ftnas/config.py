@@ -16,7 +16,7 @@ from ftnas.overrides import read_data
 from ftnas.pool import PoolConfig
 from ftnas.protection import ProtectionConfig
 from ftnas.recipe import TrainConfig
-from ftnas.search import SearchConfig
+from ftnas.search_settings import SearchConfig
 from ftnas.settings import Settings, parse
 from ftnas.shipped import shipped_names
 from ftnas.single import SingleFaultConfig

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 
 from ftnas.candidates import Candidates, Terms, scored
 from ftnas.controllers import Controller
@@ -15,42 +14,15 @@ from ftnas.evaluate import Score, score
 from ftnas.faults.bounds import Limits
 from ftnas.faults.hardware import Hardware
 from ftnas.progress import say, track
-from ftnas.recipe import SgdConfig, TrainConfig
+from ftnas.recipe import SgdConfig
 from ftnas.rng import isolated, seed_for
 from ftnas.rundir import Folder
-from ftnas.settings import Count, Settings
+from ftnas.search_settings import DeriveConfig
 from ftnas.space import Genotype, Space, Supernet, build_network
 from ftnas.train import fit
 
 WINNER = "genotype.json"
 RANKING = "ranking.json"
-
-
-class DeriveConfig(Settings):
-    """How the final genotype is chosen.
-
-    Attributes:
-        samples: Distinct genotypes asked from the controller.
-        draws: Fault draws per image for each of them.
-        finalists: How many of the best are scored again.
-        final_draws: Fault draws per image for each finalist.
-        train_epochs: Epochs of fault-tolerant training from scratch that each finalist gets on the weights split
-            before it is scored again; 0 scores finalists with the shared weights. One whose training fails scores 0.
-    """
-
-    samples: Count = 50
-    draws: Count = 1
-    finalists: Count = 5
-    final_draws: Count = 5
-    train_epochs: Annotated[int, Field(ge=0)] = 0
-
-    def recipe(self, weights: SgdConfig) -> TrainConfig | None:
-        """Return how finalists are trained, from the settings of the shared weights; None where they are not.
-
-        Raises:
-            ValueError: Settings that a final training does not take.
-        """
-        return TrainConfig(**(weights.model_dump() | {"epochs": self.train_epochs})) if self.train_epochs else None
 
 
 def derive(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ftnas.faults import Injection
+from ftnas.faults.joint import halves, paired
 
 Forward = Callable[[Tensor], Tensor]
 NONFINITE = -1
@@ -99,6 +100,7 @@ def score(
     alpha_r: float,
     draws: int = 1,
     first_draw: int = 0,
+    joint: bool = False,
 ) -> Score:
     """Score a candidate: R = (1 - alpha_r) acc_clean + alpha_r acc_faulty (FTT-NAS eq. 12).
 
@@ -109,6 +111,7 @@ def score(
         alpha_r: Weight of the faulty accuracy, in [0, 1].
         draws: Fault draws per batch, averaged.
         first_draw: Number of the first draw.
+        joint: Compute the clean forward and the faulty one, where it is one, as one forward; see `Joint`.
 
     Raises:
         RuntimeError: An answer is NaN or infinite although no fault is there; under faults it counts as wrong.
@@ -117,6 +120,12 @@ def score(
     clean, faulty, images_seen = [], [], 0
     for images, labels in batches:
         images_seen += len(labels)
+        if joint and draws == 1 and alpha_r > 0:
+            with injection.joint.running():
+                said, hit = halves(top1(unchanged(forward, paired(images))))
+            clean.append(torch.stack([(said == labels).sum(), (said == NONFINITE).sum()]))
+            faulty.append((hit == labels).sum())
+            continue
         with injection.paused():
             said = top1(unchanged(forward, images))
         clean.append(torch.stack([(said == labels).sum(), (said == NONFINITE).sum()]))

@@ -26,7 +26,8 @@ from ftnas.pool import PoolConfig
 from ftnas.progress import Tracker, redirect, say, track
 from ftnas.ranks import RankLostError, Ranks
 from ftnas.rundir import Folder
-from ftnas.search import EPOCHS, Search, SearchConfig
+from ftnas.search import EPOCHS, Search
+from ftnas.search_settings import SearchConfig
 from ftnas.space import Genotype
 from ftnas.storage import Lock, read_journal
 from ftnas.workers import start_ray

@@ -23,7 +23,7 @@ from ftnas.protection import run_protection
 from ftnas.recipe import SgdConfig, StepSchedule
 from ftnas.rng import seed_for
 from ftnas.rundir import Folder, RunDir, quoted
-from ftnas.search import SearchConfig
+from ftnas.search_settings import SearchConfig
 from ftnas.single import run_single_faults
 from ftnas.space import Genotype
 from ftnas.tolerance import ToleranceConfig, run_tolerance

@@ -162,6 +162,15 @@ class FixedPoint(Settings):
         lsb = rounding.step_of(largest, self.bits)
         return Rounded(*rounding.at_once(x, lsb, self._limits), self.grid_of(lsb))
 
+    def each_at_once(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Round each of the C parts of float32 [B, C, N] to its own grid of a free range, by one operation.
+
+        Returns:
+            The values, with the gradient that `quantize` gives them, and the steps [C].
+        """
+        lsb = self.step(torch.linalg.vector_norm(x.detach(), math.inf, dim=(0, 2)))
+        return rounding.each_at_once(x, lsb, self._limits), lsb
+
     def _in_passes(self, x: Tensor, grid: Grid, need_inside: bool, out: Tensor | None = None) -> Rounded:
         return Rounded(*rounding.in_passes(x, grid.lsb, self._limits, need_inside=need_inside, out=out), grid)
 

@@ -65,6 +65,24 @@ def at_once(x: Tensor, lsb: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
     return torch._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(x, lsb, zero, enabled, limits.lo, limits.hi)
 
 
+def each_at_once(x: Tensor, lsb: Tensor, limits: Limits) -> Tensor:
+    """Return float32 [B, C, N] with each of the C parts on the grid of its own range, as `at_once` does with one.
+
+    Args:
+        x: The values.
+        lsb: The step of each part, [C].
+        limits: The integers.
+    """
+    # zero points of float32: for integers PyTorch would wait for the device, to see whether they are in range
+    return torch.fake_quantize_per_channel_affine(x, lsb, _zeros(len(lsb), x.device), 1, limits.lo, limits.hi)
+
+
+@cache
+def _zeros(number: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(number, device=device)
+
+
 @cache
 def _fake_quantization(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return zero point and switch of PyTorch's fake quantization on a device."""

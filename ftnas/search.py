@@ -7,25 +7,24 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import model_validator
 from torch import Tensor
 
+from ftnas import devices
 from ftnas.branches import parts_of_a_step
 from ftnas.candidates import Candidates, Terms, num_scored, scored
-from ftnas.controllers import Controller, ControllerChoice, RandomConfig, ReinforceConfig, create_controller
+from ftnas.controllers import Controller, RandomConfig, create_controller
 from ftnas.data import ImageSet
-from ftnas.derive import DeriveConfig, derive
-from ftnas.faults.bounds import Limits
+from ftnas.derive import derive
 from ftnas.faults.hardware import Hardware
+from ftnas.faults.joint import HALVES
 from ftnas.models import check_state
 from ftnas.plots import draw_genotype, pixels
 from ftnas.pool import PoolConfig
 from ftnas.progress import say, track
 from ftnas.ranks import Ranks
-from ftnas.recipe import SgdConfig
 from ftnas.rng import generator, isolated, seed_for
 from ftnas.rundir import Folder
-from ftnas.settings import Count, Rate
+from ftnas.search_settings import SearchConfig
 from ftnas.space import Genotype, Space, Supernet, load_space
 from ftnas.train import CHECKPOINT, FaultTolerantLoss, check_alpha, check_finite, finite_means, move, tell_unhit
 from ftnas.workers import open_pool
@@ -41,56 +40,6 @@ PICTURES = 10
 """Genotypes that a search draws for TensorBoard along the way, the winner not counted."""
 COLLAPSED = 0.05
 """Relative entropy of the controller under which it has all but stopped exploring."""
-
-
-class SearchConfig(Limits):
-    """One search; `Limits` say what keeps the supernet and the finalists within bounds.
-
-    Attributes:
-        space: Name of a shipped space, or the path of a space file.
-        epochs: Epochs of Algorithm 1, warm-up included.
-        weights: The shared-weight steps; ``alpha_l=0`` is FT-NAS, above 0 FTT-NAS.
-        controller: What proposes architectures.
-        warmup_epochs: First epochs, in which genotypes are uniform and the controller does not learn.
-        controller_steps: Controller updates per epoch; None takes one pass over the controller split.
-        controller_batch: Images per reward; None takes ``weights.batch_size``.
-        rollouts: Genotypes per controller update, all scored on the same images and fault draws.
-        reward_draws: Fault draws that a reward averages.
-        alpha_r: Weight of the faulty accuracy in the reward, eq. 12.
-        split: Share of the training images for the weights; the rest is for the controller.
-        dropout: Rate before the classifier in the shared-weight steps.
-        ranks: Processes that train the shared weights together, through Ray Train. In each step every rank takes a
-            batch and a genotype of its own, and gradients are averaged over the ranks that used a weight: a step sees
-            ``ranks * weights.batch_size`` images, an epoch has that many times fewer steps, and ``weights.lr`` is
-            taken as it is given. It changes the result, unlike ``pool.workers``.
-        derive: How the final genotype is chosen.
-    """
-
-    space: str
-    epochs: Count
-    weights: SgdConfig
-    controller: ControllerChoice = ReinforceConfig()
-    warmup_epochs: int = 0
-    controller_steps: Count | None = None
-    controller_batch: Count | None = None
-    rollouts: Count = 1
-    reward_draws: Count = 1
-    alpha_r: Rate = 0.5
-    split: Rate = 0.8
-    dropout: Rate = 0.1
-    ranks: Count = 1
-    derive: DeriveConfig = DeriveConfig()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> SearchConfig:
-        if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(f"warmup_epochs must be in 0..epochs-1 = {self.epochs - 1}, got {self.warmup_epochs}")
-        if not 0.0 < self.split < 1.0:
-            raise ValueError(f"split must be above 0 and below 1, so that both parts have images, got {self.split:g}")
-        if self.alpha_r == 0.0 and self.reward_draws > 1:
-            raise ValueError("alpha_r=0 rewards without faults, so reward_draws has no effect; remove it")
-        self.derive.recipe(self.weights)
-        return self
 
 
 def _draw(board: SummaryWriter, tag: str, genotype: Genotype, epoch: int) -> None:
@@ -172,7 +121,11 @@ class Search:
         self._optimizer = config.weights.optimizer(self.supernet)
         self._scheduler = config.weights.scheduler(self._optimizer, config.epochs)
         weights = config.weights
-        self._loss = FaultTolerantLoss(self.supernet, alpha_l=weights.alpha_l, compute=weights.compute)
+        if config.joint_forwards:
+            self._check_joint(device)
+        self._loss = FaultTolerantLoss(
+            self.supernet, alpha_l=weights.alpha_l, compute=weights.compute, joint=config.joint_forwards
+        )
         self._batch = config.controller_batch or config.weights.batch_size
         self._passes = num_scored(controller_images.num_images, self._batch)
         if self._passes == 0:
@@ -180,11 +133,21 @@ class Search:
         self._num_updates = config.controller_steps or self._passes
         self._best: Genotype | None = None  # of the last controller epoch
 
+    def _check_joint(self, device: torch.device) -> None:
+        if devices.is_readable(device):
+            raise ValueError(f"search.joint_forwards is for GPUs, and this runs on {device}; set it to false")
+        obstacle = self.hardware.inject(self.supernet, seed=0, errors="soft").joint.obstacle()
+        if obstacle is not None:
+            raise ValueError(f"search.joint_forwards: {obstacle}; set it to false")
+
     def run(self) -> Genotype:
         """Search, derive and return the winner; what is done already is not done again."""
         first = self._restore()
         with open_pool(self._pool, events=self._folder.events) as pool:
-            return self._run(first, Candidates(pool, self.supernet, self.hardware, events=self._folder.events))
+            candidates = Candidates(
+                pool, self.supernet, self.hardware, events=self._folder.events, joint=self.config.joint_forwards
+            )
+            return self._run(first, candidates)
 
     def follow(self) -> None:
         """Take part, on a rank above 0, in the weight steps of rank 0, which does all the rest in `run`."""
@@ -282,7 +245,8 @@ class Search:
 
         def forward(images: Tensor) -> Tensor:
             stream = generator(self._seed, "dropout", step, device=images.device)
-            return self.supernet(images, genotype, dropout_generator=stream)
+            copies = HALVES if self._loss.joint else 1
+            return self.supernet(images, genotype, dropout_generator=stream, copies=copies)
 
         return forward
 

@@ -21,6 +21,7 @@ from ftnas.data import ImageSet
 from ftnas.evaluate import Forward, answers, unchanged
 from ftnas.faults import Injection
 from ftnas.faults.hardware import Hardware
+from ftnas.faults.joint import halves, paired
 from ftnas.graphs import WARM_UP, CudaGraph, Graph, GraphedStep
 from ftnas.models import check_state
 from ftnas.progress import say, track
@@ -53,6 +54,10 @@ class FaultTolerantLoss:
 
     In training mode each forward is normalised by its own batch statistics; ``bn_statistics`` says which of them moves
     the running statistics. Penalties of ``regularization`` are added; those of values are of the clean forward.
+
+    Attributes:
+        joint: Whether both forwards are one, on each image twice in a row; see `ftnas.faults.joint`. That leaves
+            ``bn_statistics``, ``regularization`` and the sides of a step without effect.
     """
 
     def __init__(
@@ -63,8 +68,10 @@ class FaultTolerantLoss:
         bn_statistics: Literal["both", "clean", "faulty"] = "both",
         compute: Compute = Compute(),  # noqa: B008 a frozen value
         regularization: Regularization | None = None,
+        joint: bool = False,
     ) -> None:
         self._alpha, self._compute, self._regularization = alpha_l, compute, regularization
+        self.joint = joint and 0.0 < alpha_l < 1.0
         self._watching = nullcontext if regularization is None else regularization.watching
         self._layers = compute.prepare(model)
         self._moves = {"clean": bn_statistics != "faulty", "faulty": bn_statistics != "clean"}
@@ -76,6 +83,8 @@ class FaultTolerantLoss:
         """Return the losses of a batch: images float [B, C, H, W], labels int64 [B]."""
         zero = torch.zeros((), device=images.device)
         images = self._compute.images(images)
+        if self.joint:
+            return self._jointly(forward, injection, images, labels)
         clean = faulty = zero
         penalties: dict[str, Tensor] = {}
         parts: list[Tensor] = []
@@ -99,6 +108,12 @@ class FaultTolerantLoss:
         total = sum(penalties.values(), parts[0] + parts[-1] if len(parts) > 1 else parts[0])
         seen = {name: value.detach() for name, value in penalties.items()}
         return Losses(total, clean.detach(), faulty.detach(), seen, tuple(parts))
+
+    def _jointly(self, forward: Forward, injection: Injection, images: Tensor, labels: Tensor) -> Losses:
+        with injection.weights_shared(), injection.joint.running():
+            clean, faulty = (F.cross_entropy(part, labels) for part in halves(self._logits(forward, paired(images))))
+        total = (1.0 - self._alpha) * clean + self._alpha * faulty
+        return Losses(total, clean.detach(), faulty.detach(), parts=(total,))
 
     def gradients(
         self,

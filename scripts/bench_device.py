@@ -3,10 +3,11 @@
 The steps are those of the shipped configs: one of the shared weights and one candidate of the search
 `w-ftt-nas-cifar10` (a random genotype each), one of each final training of Table 5, one faulty batch of the campaign.
 Images are random; training steps take them as a run does, shuffled and augmented. Every variant of `compute` that is
-asked for runs the same steps; `graph` is of final trainings.
+asked for runs the same steps; `graph` is of final trainings, `joint` of the search under faults of features.
 
     python scripts/bench_device.py --device cuda --json device.json
     python scripts/bench_device.py --device cuda --compute plain channels_last+bf16+fused channels_last+bf16+fused+graph
+    python scripts/bench_device.py --device cuda --compute tf32 tf32+joint --only "search, MiBB"
     python scripts/bench_device.py --device cpu --seconds 1 --only search
     python scripts/bench_device.py --host    # what the host takes to issue a step: small tensors, no value read
 """
@@ -67,6 +68,8 @@ COMPUTE = {
     "graph": {"cuda_graph": True},
     "benchmark": {"cudnn_benchmark": True},
 }
+JOINT = "joint"
+"""The part of a variant that computes the clean and the faulty forward of a search's steps as one."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,9 @@ class Bench:
         pixels: int,
         batch: int | None,
         narrow: bool = False,
+        joint: bool = False,
     ) -> None:
-        self._device, self._compute, self._stack = device, compute, stack
+        self._device, self._compute, self._stack, self._joint = device, compute, stack, joint
         self._pixels, self._num_images, self._narrow = pixels, batch, narrow
         self._stream = generator(0, "bench-device")
 
@@ -117,7 +121,7 @@ class Bench:
     def _searching(self, model: nn.Module, recipe: SgdConfig, hardware: Hardware) -> Callable[[Any], None]:
         """Return one step of the shared weights as a function of the forward."""
         injection = self._stack.enter_context(hardware.inject(model, seed=0, errors="soft", draw_on="device"))
-        loss = FaultTolerantLoss(model, alpha_l=recipe.alpha_l, compute=self._compute)
+        loss = FaultTolerantLoss(model, alpha_l=recipe.alpha_l, compute=self._compute, joint=self._joint)
         optimizer, parameters = recipe.optimizer(model), list(model.parameters())
         sides, batches = parts_of_a_step(model, graphed=False), self._batches(recipe)
 
@@ -132,7 +136,7 @@ class Bench:
     def _training(self, model: nn.Module, recipe: SgdConfig, hardware: Hardware) -> Callable[[], None]:
         """Return one step of a final training."""
         injection = self._stack.enter_context(hardware.inject(model, seed=0, errors="soft", draw_on="device"))
-        loss = FaultTolerantLoss(model, alpha_l=recipe.alpha_l, compute=self._compute)
+        loss = FaultTolerantLoss(model, alpha_l=recipe.alpha_l, compute=self._compute, joint=self._joint)
         optimizer, parameters = recipe.optimizer(model), list(model.parameters())
         graph = CudaGraph() if self._compute.cuda_graph else None
         gradients = gradients_by(model, loss, injection, parameters, graph=graph)
@@ -172,7 +176,8 @@ class Bench:
 
         def candidate() -> None:
             forward = partial(scored, genotype=next(to_score))
-            score(forward, injection, [(images, labels)], alpha_r=stage.alpha_r, first_draw=injection.draw)
+            batch = [(images, labels)]
+            score(forward, injection, batch, alpha_r=stage.alpha_r, first_draw=injection.draw, joint=self._joint)
 
         own = int(IMAGES * stage.split)
         passes = num_scored(IMAGES - own, batch)
@@ -243,11 +248,13 @@ def wait(device: torch.device) -> None:
 
 
 def variant(name: str) -> Compute:
-    """Return the `compute` of a name such as ``plain`` or ``channels_last+bf16``."""
+    """Return the `compute` of a name such as ``plain``, ``channels_last+bf16`` or ``tf32+joint``."""
     parts = [] if name == "plain" else name.split("+")
-    unknown = [part for part in parts if part not in COMPUTE]
+    unknown = [part for part in parts if part not in (*COMPUTE, JOINT)]
     if unknown:
-        raise argparse.ArgumentTypeError(f"compute is plain, or of {', '.join(COMPUTE)} joined by +, got {name!r}")
+        known = ", ".join((*COMPUTE, JOINT))
+        raise argparse.ArgumentTypeError(f"compute is plain, or of {known} joined by +, got {name!r}")
+    parts = [part for part in parts if part != JOINT]
     return Compute(**{key: value for part in parts for key, value in COMPUTE[part].items()})
 
 
@@ -260,12 +267,13 @@ def measure(
     pixels: int,
     batch: int | None,
     narrow: bool = False,
+    joint: bool = False,
 ) -> list[dict[str, Any]]:
     """Return one row per kind of step."""
     rows = []
     for run in runs:
         with contextlib.ExitStack() as stack:
-            bench = Bench(device, compute, stack, pixels=pixels, batch=batch, narrow=narrow)
+            bench = Bench(device, compute, stack, pixels=pixels, batch=batch, narrow=narrow, joint=joint)
             for job in bench.search(run) if run in SEARCHES else bench.training(run):
                 gc.collect()
                 if device.type == "cuda":
@@ -301,7 +309,7 @@ def main() -> None:
         nargs="+",
         default=["plain"],
         metavar="VARIANT",
-        help=f"plain, or some of {', '.join(COMPUTE)} joined by + (default: plain)",
+        help=f"plain, or some of {', '.join((*COMPUTE, JOINT))} joined by + (default: plain)",
     )
     parser.add_argument("--only", nargs="+", choices=[*SEARCHES, *TRAININGS], help="(default: all)")
     parser.add_argument(
@@ -317,6 +325,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="file for the result, written after each variant")
     options = parser.parse_args()
+    runs = options.only or [*SEARCHES, *TRAININGS]
     if options.host:
         options.device, options.pixels, options.batch = "cpu", 8, 2
         devices.is_readable = lambda _device: False
@@ -325,6 +334,9 @@ def main() -> None:
         torch.zeros(1, device=device)
         for name, compute in variants.items():
             compute.check_device(device, name, obstacle=None)
+            others = [run for run in runs if run != "search, MiBB"]
+            if JOINT in name.split("+") and others:
+                raise ValueError(f"{JOINT} is of 'search, MiBB' alone, and not of {others[0]!r}; give --only")
     except (argparse.ArgumentTypeError, RuntimeError, AssertionError, ValueError) as error:
         parser.error(str(error).splitlines()[0])
     keep_memory()
@@ -338,9 +350,9 @@ def main() -> None:
     found: dict[str, Any] = {"device": machine, "torch": torch.__version__, "pixels": options.pixels, "variants": {}}
     for name, compute in variants.items():
         print(f"{name} on {machine}")
-        runs = options.only or [*SEARCHES, *TRAININGS]
-        found["variants"][name] = measure(device, compute, runs, limit=options.seconds,
-                                          pixels=options.pixels, batch=options.batch, narrow=options.host)  # fmt: skip
+        joint = JOINT in name.split("+")
+        found["variants"][name] = measure(device, compute, runs, limit=options.seconds, pixels=options.pixels,
+                                          batch=options.batch, narrow=options.host, joint=joint)  # fmt: skip
         if options.json:
             options.json.write_text(json.dumps(found, indent=1) + "\n")
 

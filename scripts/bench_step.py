@@ -32,7 +32,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ftnas.evaluate import score, top1
-from ftnas.faults import AdSAF, Injection, MiBB, drawing, injection
+from ftnas.faults import AdSAF, Injection, MiBB, drawing, hits
 from ftnas.faults.hardware import Hardware
 from ftnas.heap import keep_memory
 from ftnas.mistakes import positive, to_write, told
@@ -182,7 +182,7 @@ def named_parts() -> Iterator[None]:
         (FixedPoint, "grid", "quantization"),
         (FixedPoint, "round", "quantization"),
         (drawing.Drawing, "_drawn", "drawing"),
-        (injection.Injection, "_apply", "injection"),
+        (hits.Hits, "apply", "injection"),
     ]
 
     def named(function: Callable[..., Any], part: str) -> Callable[..., Any]:

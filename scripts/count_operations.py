@@ -28,7 +28,7 @@ from ftnas.config import read_config
 from ftnas.faults import drawing
 from ftnas.faults.ahead import Ahead
 from ftnas.faults.drawing import Drawing
-from ftnas.faults.injection import Injection
+from ftnas.faults.hits import Hits
 from ftnas.faults.record import Tally
 from ftnas.faults.together import Together
 from ftnas.mistakes import positive, to_write
@@ -43,6 +43,7 @@ META = torch.device("meta")
 RUNS = {
     "search": ("w-ftt-nas-cifar10", None),
     "search, MiBB": ("f-ftt-nas-cifar10", None),
+    "search, MiBB, joint": ("f-ftt-nas-cifar10", None),
     "W-FTT-Net-20": ("train-w-ftt-net-adsaf", "w-ftt-net-20"),
     "ResNet-18": ("train-resnet18-adsaf", "resnet18"),
     "VGG-16": ("train-vgg16-adsaf", "vgg16"),
@@ -56,7 +57,10 @@ _FREE = {
 }
 
 
-_AT_ONCE = "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams"
+_AT_ONCE = (
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    "fake_quantize_per_channel_affine_cachemask",
+)
 
 
 class _Stream(torch.Generator):
@@ -88,7 +92,8 @@ def device_without_values() -> Iterator[torch.device]:
         mock.patch.object(torch, "autocast", autocast),
     ):
         # PyTorch has none of its own
-        library.impl(_AT_ONCE, lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)), "Meta")
+        for name in _AT_ONCE:
+            library.impl(name, lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)), "Meta")
         yield META
 
 
@@ -126,12 +131,15 @@ class Operations(TorchDispatchMode):
             for owner, name, part in (
                 (FixedPoint, "round", "rounding"),
                 (FixedPoint, "at_once", "rounding"),
+                (FixedPoint, "each_at_once", "rounding"),
                 (FixedPoint, "grid", "rounding"),
                 (Drawing, "_drawn", "drawing"),
                 (Tally, "add", "drawing"),
                 (Ahead, "begin", "drawing"),
+                (Ahead, "expect", "drawing"),
+                (Ahead, "meet", "drawing"),
                 (Tally, "add_each", "drawing"),
-                (Injection, "_apply", "injection"),
+                (Hits, "apply", "injection"),
                 (Together, "_round", "rounding"),
                 (Drawing, "row", "drawing"),
                 (Tally, "add_row", "drawing"),
@@ -167,7 +175,7 @@ def step_of(run: str, stack: contextlib.ExitStack, device: torch.device) -> Call
         forward = model
     model.train()
     injection = stack.enter_context(config.hardware.inject(model, seed=0, errors="soft", draw_on="device"))
-    loss = FaultTolerantLoss(model, alpha_l=recipe.alpha_l)
+    loss = FaultTolerantLoss(model, alpha_l=recipe.alpha_l, joint=run.endswith(", joint"))
     images = torch.zeros(IMAGES, 3, PIXELS, PIXELS, device=device)
     labels = torch.zeros(IMAGES, dtype=torch.int64, device=device)
 
@@ -196,12 +204,12 @@ def main() -> None:
     parser.add_argument("--json", type=to_write, help="file for the result")
     options = parser.parse_args()
     found: dict[str, Any] = {}
-    print(f"{'step of':<14} {'all':>7}", *(f"{part:>10}" for part in PARTS))
+    print(f"{'step of':<20} {'all':>7}", *(f"{part:>10}" for part in PARTS))
     for run in options.only or RUNS:
         seen = count(run)
         parts = seen.by_part()
         found[run] = {"all": len(seen.seen), **parts}
-        print(f"{run:<14} {len(seen.seen):>7}", *(f"{parts[part]:>10}" for part in PARTS), flush=True)
+        print(f"{run:<20} {len(seen.seen):>7}", *(f"{parts[part]:>10}" for part in PARTS), flush=True)
         for (part, name), number in Counter((part, name) for part, name, _ in seen.seen).most_common(options.top):
             print(f"  {number:>6} {part}: {name}")
     if options.json:

@@ -24,7 +24,7 @@ from ftnas.parallel import SearchJob, check_ranks, search_on_ranks
 from ftnas.pool import PoolConfig
 from ftnas.ranks import RankLostError, Ranks
 from ftnas.rundir import Folder
-from ftnas.search import SearchConfig
+from ftnas.search_settings import SearchConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 EPOCHS = 20

@@ -22,7 +22,8 @@ from ftnas.controllers import RandomConfig, RandomController
 from ftnas.data import DataConfig, load, stratified_split
 from ftnas.faults.hardware import Hardware
 from ftnas.rundir import RunDir
-from ftnas.search import Search, SearchConfig
+from ftnas.search import Search
+from ftnas.search_settings import SearchConfig
 from ftnas.space import Genotype
 
 SPACE = {

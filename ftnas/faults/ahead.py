@@ -43,7 +43,7 @@ class _Tensor:
         site: The tensor.
         uniform: How it is hit.
         length: Entries of its plan.
-        integers: Its number in the hash, ``length``, and the place of its layer; int64 [3].
+        integers: Its number in the hash, ``length``, the place of its layer, and the values of a sample; int64 [4].
         reals: 1 / log(1 - rate), the population, and the number of codes; float64 [3].
     """
 
@@ -83,6 +83,8 @@ class Ahead:
         self._places = {name: place for place, name in enumerate(layers)}
         self._placed = [p for p in drawing.placed if drawing.draws_freely(p) and _holds(type(p.fault))]
         self._known: dict[Any, list[_Tensor]] = {}
+        self._halves: dict[Any, tuple[list[_Tensor], bool]] = {}
+        self._expected: dict[tuple[str, int], list[_Tensor]] = {}
         self._drawn: list[_Drawn] = []
 
     def note(self, layer: str, index: int, feature: Tensor, shared: SharedWeights) -> None:
@@ -104,12 +106,50 @@ class Ahead:
             for group in _groups(mine):
                 self._draw(placed, group, draw)
 
+    def expect(self, layers: Iterable[str], rows: int, draw: int) -> None:
+        """Draw for the first calls of layers in a forward on pairs of rows, as far as an earlier one has shown them.
+
+        Args:
+            layers: What will run.
+            rows: Number of pairs.
+            draw: Number of the draw.
+        """
+        known = [tensor for layer in layers for tensor in self._expected.get((layer, rows), ())]
+        for placed in self._placed:
+            for group in _groups(tensor for tensor in known if tensor.key[0] == placed.number):
+                self._draw(placed, group, draw, halves=True)
+
+    def meet(self, layer: str, index: int, feature: Tensor, draw: int) -> Site | None:
+        """Draw for the second half of a feature [2 B, ...] of pairs of rows, where that is not done yet.
+
+        Returns:
+            That half as a tensor of its own, whose plans say where in the whole they hit; None where faults draw for
+            themselves too, so that all plans are those of the half alone.
+        """
+        if not self._placed or devices.is_readable(feature.device):
+            return None
+        key = layer, index, feature.shape, feature.device, feature.dtype
+        if key not in self._halves:
+            tensors = list(self._tensors(layer, index, feature[1::2]))
+            alone = len(tensors) == sum(layer in placed.layers for placed in self._drawing.placed)
+            self._halves[key] = tensors, alone
+            if index == 0 and alone:
+                self._expected[layer, len(feature) // 2] = tensors
+        tensors, alone = self._halves[key]
+        for tensor in tensors:
+            ready = self._drawing.ready.get(tensor.key)
+            if ready is None or ready.shape != tensor.site.shape:
+                placed = next(placed for placed in self._placed if placed.number == tensor.key[0])
+                self._draw(placed, [tensor], draw, halves=alone)
+        return tensors[0].site if alone and tensors else None
+
     def end(self) -> None:
         """Count what has hit in the forward that ends; tensors that it did not come to are not hit."""
-        used, drawn = self._drawing.used, self._drawn
-        self._drawing.ready, self._drawing.used, self._drawn = {}, set(), []
+        drawing, drawn = self._drawing, self._drawn
+        used = {key: drawing.ready[key].shape for key in drawing.used}
+        drawing.ready, drawing.used, self._drawn = {}, set(), []
         for entry in drawn:
-            numbers = [number for number, tensor in enumerate(entry.tensors) if tensor.key in used]
+            numbers = [number for number, each in enumerate(entry.tensors) if used.get(each.key) == each.site.shape]
             hits, places = entry.hits, entry.places
             if 0 < len(numbers) < len(entry.tensors):
                 hits, places = (torch.stack([every[number] for number in numbers]) for every in (hits, places))
@@ -133,18 +173,21 @@ class Ahead:
                 continue
             key = (placed.number, layer, index)
             own = seed_for(0, "ahead", placed.fault.name, *key)
-            integers = (own, length, self._places[layer])
+            integers = (own, length, self._places[layer], site.num_values // max(1, site.shape[0]))
             reals = (inverse, uniform.population, uniform.num_codes)
             kept = [_filled(integers, torch.int64, feature.device), _filled(reals, torch.float64, feature.device)]
             yield _Tensor(key, site, uniform, length, *kept)
 
-    def _draw(self, placed: Placed, tensors: Sequence[_Tensor], draw: int) -> None:
-        """Draw the plans of some tensors: `Drawing.ready` of each."""
+    def _draw(self, placed: Placed, tensors: Sequence[_Tensor], draw: int, *, halves: bool = False) -> None:
+        """Draw the plans of some tensors: `Drawing.ready` of each; of ``halves`` with the places in pairs of rows."""
         lengths = [tensor.length for tensor in tensors]
         integers = torch.stack([tensor.integers for tensor in tensors])
         reals = torch.stack([tensor.reals for tensor in tensors])
         seed = self._drawing.seed_of(placed, draw, integers.device)
         sites, codes, at, hits = walks(integers[:, 0] ^ seed, integers[:, 1], reals, sum(lengths))
+        if halves:
+            sample = integers[:, 3].repeat_interleave(integers[:, 1], output_size=sum(lengths))
+            at = at.div(sample, rounding_mode="floor").add_(1).mul_(sample).add_(at)
         parts = zip(tensors, sites.split(lengths), codes.split(lengths), at.split(lengths), strict=True)
         for tensor, its_sites, its_codes, its_at in parts:
             population, rate, _ = tensor.uniform

@@ -14,11 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ftnas.faults.activation import ActivationMode
 from ftnas.faults.ahead import Ahead
-from ftnas.faults.base import Fault, Plan, Site
+from ftnas.faults.base import Fault, Site
 from ftnas.faults.bounds import FEATURE, WEIGHT, bound_of, clipped_weight, stored_bound, weights_return, within_bound
 from ftnas.faults.changes import Change, Watch
 from ftnas.faults.drawing import Drawing, Drawings, Key, Placed
-from ftnas.faults.memory import mark, restrict_range, values_at
+from ftnas.faults.hits import Hits
+from ftnas.faults.joint import Joint
+from ftnas.faults.memory import mark, restrict_range
 from ftnas.faults.outage import Outages
 from ftnas.faults.place import feature_site, weight_site
 from ftnas.faults.plans import PlanSet
@@ -27,7 +29,6 @@ from ftnas.faults.select import LAYER_TYPES, find_layers, is_ours
 from ftnas.faults.stored import SharedWeights, after_memory, check_not_cached, is_stored, store_weight
 from ftnas.faults.together import Together
 from ftnas.faults.trace import Call, FeaturePoints, find_feature_points, running_layers
-from ftnas.faults.variation import ReciprocalNormalVariation
 from ftnas.quantize import FixedPoint, FloatFormat, Grid, Rounded, straight_through
 from ftnas.rng import integer
 
@@ -44,6 +45,7 @@ class Injection:
         tally: What was hit so far, as it is counted.
         together: The weights of a training step, where they are read together.
         outages: Nodes that may be down.
+        joint: Forwards on pairs of rows, clean and faulty at once.
     """
 
     def __init__(
@@ -69,9 +71,11 @@ class Injection:
         self._buffer_format = self._feature_format if rounds else None
         self._mask_gradients, self._watch = mask_gradients, Watch() if watch else None
         self.tally = Tally(faults)
+        self._hits = Hits(self.tally, bounds, self._watch)
         self.together = Together(self._layers, self._weight_format, self._weights, self.tally, mask_gradients)
         self._ahead = Ahead(self._features, self.tally, self._layers, self._feature_format)
-        self._reads_nan_as_zero: frozenset[str] = frozenset()
+        besides = {"node_down": outages, "bounds": bounds, "mask_gradients": mask_gradients, "watch": watch}
+        self.joint = Joint(model, self._layers, drawings, self._ahead, self._feature_format, self._hits, besides)
         self._activations = ActivationMode(self._after_activation) if self._buffers else None
         self.finding = self._paused = self._running = self._ran = self._ran_faulty = False
         self.draw = self._current = self._faulty_draw = self._replays = 0
@@ -176,7 +180,8 @@ class Injection:
                 if not self._sees_features:
                     undo.append(module.register_forward_pre_hook(partial(self._check_running, name)).remove)
             later = {name: after_memory(module) for name, module in self._layers.items()}
-            self._reads_nan_as_zero = frozenset(name for name, entry in later.items() if entry and entry.zeroes_nan)
+            zeroed = (name for name, entry in later.items() if entry and entry.zeroes_nan)
+            self._hits.reads_nan_as_zero = frozenset(zeroed)
         undo += self.outages.attach(lambda: self._draw_now, self.tally.add, self.replaced)
         if self._activations is not None:
             undo.append(root.register_forward_hook(self._check_met).remove)
@@ -186,6 +191,7 @@ class Injection:
     def _detach(self) -> None:
         self._stop()
         self.together.forget()
+        self.joint.detach()
         while self._undo:
             self._undo.pop()()
 
@@ -217,10 +223,11 @@ class Injection:
         if not self._paused:
             self.draw = self._current + 1
             self._faulty_draw, self._ran_faulty = self._current, True
-        if self.shared is not None and self._watch is None:
+        if self.joint.on or (self.shared is not None and self._watch is None):
             layers = running_layers(module, args, kwargs, self._points.get(module.training))
-            self.together.begin(layers, self._draw_now, self.shared)
-            self._ahead.begin(self._draw_now, self.shared)
+            if self.shared is not None:
+                self.together.begin(layers, self._draw_now, self.shared)
+            self.joint.begin(layers, self._draw_now, self.shared)
         if self._activations is not None:
             self._activations.__enter__()
 
@@ -260,6 +267,8 @@ class Injection:
 
     def _feature(self, call: Call, feature: Tensor, module: nn.Module) -> Tensor:
         """Quantize and fault the feature point of a layer call: [batch, ...], any float dtype, given by a module."""
+        if self.joint.on:
+            return self.joint.feature(call, feature)
         layer, index = call
         bound, limit = self._bounds.get(layer), bound_of(self._layers[layer], FEATURE)
         met = not self._paused and self._features.hits(layer)
@@ -270,7 +279,7 @@ class Injection:
         if rounded is not None:
             if met:  # the gradient of rounding does not read the values, which are hit in place
                 site = feature_site(layer, self._layers[layer], feature, self._feature_format)
-                self._apply(self._features, rounded.values.detach(), site, rounded.grid, index)
+                self._hits.apply(self._features, rounded.values.detach(), site, rounded.grid, (self._current, index))
             return rounded.values
         ours = is_ours(module, feature)
         if bound is not None:
@@ -291,7 +300,7 @@ class Injection:
         site = feature_site(layer, self._layers[layer], output, self._feature_format)
         if grid is not None and not (torch.is_grad_enabled() and output.requires_grad):
             if not self._paused and self._buffers.hits(layer):
-                self._apply(self._buffers, output, site, grid, index)
+                self._hits.apply(self._buffers, output, site, grid, (self._current, index))
             return output
         return self._store(output, site, grid or self._buffer_format, (self._buffers,), index)
 
@@ -315,7 +324,7 @@ class Injection:
         """Return a faulty copy of what the hardware holds for a weight."""
         out = stored.clone()
         site = weight_site(layer, self._layers[layer], out, self._weight_format)
-        self._apply(self._weights, out, site, grid, 0)
+        self._hits.apply(self._weights, out, site, grid, (self._current, 0))
         return out
 
     def weight_bound(self, layer: str) -> Tensor | None:
@@ -369,32 +378,9 @@ class Injection:
             else:
                 out = values if ours else values.clone()
             for drawing in active:
-                for plan in self._apply(drawing, out, site, self._grid, index):
+                for plan in self._hits.apply(drawing, out, site, self._grid, (self._current, index)):
                     if need_mask and self._mask_gradients:
                         blocked = mark(out, plan.values_hit(), blocked)
             return out, inside, blocked
 
         return straight_through(x, transform)
-
-    def _apply(self, drawing: Drawing, out: Tensor, site: Site, grid: Grid | None, index: int) -> list[Plan]:
-        """Apply the faults of one kind to a tensor in place; return their plans."""
-        plans, grid = [], drawing.measured(out, grid)
-        for placed, plan, fresh in drawing.plans(site, self._current, index, out.device):
-            fault = placed.fault
-            before = self._watch.values(out, plan) if self._watch is not None else None
-            old = values_at(out, plan) if fresh is not None and fault.target == "weight" and grid is None else None
-            if len(plan.sites):  # at low rates most tensors of a small batch meet no fault
-                fault.apply_(out, plan, grid)
-            if fault.target == "feature" and site.layer in self._bounds:
-                restrict_range(out, self._bounds[site.layer], out=out)
-            plans.append(plan)
-            if self._watch is not None and before is not None:
-                self._watch.add(fault, site, index, plan, (before, self._watch.values(out, plan)))
-            if fresh is not None:
-                self.tally.add(placed.number, site.layer, fresh)
-                if old is not None:
-                    zeroed = site.layer in self._reads_nan_as_zero
-                    self.tally.count_odd(placed.number, plan, old, values_at(out, plan), zeroed=zeroed)
-                if isinstance(fault, ReciprocalNormalVariation):
-                    self.tally.count(placed.number, "floored", fault.floored(fresh))
-        return plans

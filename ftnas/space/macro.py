@@ -84,14 +84,24 @@ class CellNetwork(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(space.out_channels, num_classes)
 
-    def run(self, images: Tensor, extras: Iterable[tuple[Any, ...]], generator: torch.Generator | None) -> Tensor:
-        """Run the layers; ``extras`` gives what each cell is called with besides its two inputs."""
+    def run(
+        self,
+        images: Tensor,
+        extras: Iterable[tuple[Any, ...]],
+        generator: torch.Generator | None,
+        *,
+        copies: int = 1,
+    ) -> Tensor:
+        """Run the layers; ``extras`` gives what each cell is called with besides its two inputs.
+
+        Of ``copies`` images that follow each other the features lose the same values to dropout.
+        """
         older = newer = self.stem(images)
         for cell, extra in zip(self.cells, extras, strict=True):
             older, newer = newer, cell(older, newer, *extra)
         features = self.pool(newer).flatten(1)
         if self.training and self.dropout > 0:
-            features = dropout(features, self.dropout, generator=generator)
+            features = dropout(features, self.dropout, generator=generator, copies=copies)
         return self.classifier(features)
 
     def running_layers(self, *_args: Any, **_kwargs: Any) -> Sequence[str]:

@@ -165,21 +165,24 @@ def make_stem(*, in_channels: int, out_channels: int, affine: bool) -> nn.Sequen
     )
 
 
-def dropout(x: Tensor, rate: float, *, generator: torch.Generator | None) -> Tensor:
+def dropout(x: Tensor, rate: float, *, generator: torch.Generator | None, copies: int = 1) -> Tensor:
     """Drop values with probability ``rate`` and scale the others by 1 / (1 - rate).
 
     Args:
-        x: Any float tensor.
+        x: Float [copies * B, ...].
         rate: In [0, 1).
         generator: Where the draws come from, on any device.
+        copies: Rows that follow each other and lose the same values.
 
     Raises:
         ValueError: No generator was given.
     """
     if generator is None:
         raise ValueError(f"dropout {rate} draws from an explicit generator, got none; pass dropout_generator=")
-    drawn = torch.rand(x.shape, generator=generator, device=generator.device).to(x.device)
-    return x * ((drawn >= rate).to(x.dtype) / (1.0 - rate))
+    shape = (x.shape[0] // copies, *x.shape[1:])
+    drawn = torch.rand(shape, generator=generator, device=generator.device).to(x.device)
+    factors = (drawn >= rate).to(x.dtype) / (1.0 - rate)
+    return x * (factors if copies == 1 else factors.repeat_interleave(copies, dim=0))
 
 
 def feature_points(root: nn.Module) -> dict[str, str]:

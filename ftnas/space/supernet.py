@@ -93,11 +93,17 @@ class Supernet(CellNetwork):
         use_batch_statistics(self)
 
     def forward(
-        self, images: Tensor, genotype: Genotype, *, dropout_generator: torch.Generator | None = None
+        self,
+        images: Tensor,
+        genotype: Genotype,
+        *,
+        dropout_generator: torch.Generator | None = None,
+        copies: int = 1,
     ) -> Tensor:
         """Map float images [B, in_channels, H, W] to logits [B, num_classes] along the genotype's path.
 
-        Parameters off the path take no part: their gradients stay as they were, None at first.
+        Parameters off the path take no part: their gradients stay as they were, None at first. Of ``copies`` images
+        that follow each other the features lose the same values to dropout.
 
         Raises:
             ValueError: The space does not hold the genotype; or dropout is on, in training, without
@@ -106,7 +112,7 @@ class Supernet(CellNetwork):
         genotype.validate(self.space)
         cells, functions = genotype.cells, genotype.saturation
         paths = [(cells[cell_type], functions.get(cell_type, PLAIN)) for cell_type in self._cell_types]
-        return self.run(images, paths, dropout_generator)
+        return self.run(images, paths, dropout_generator, copies=copies)
 
     def running_layers(self, _images: Tensor, genotype: Genotype, **_kwargs: Any) -> Sequence[str]:
         """Return the names of the Conv2d and Linear layers on a genotype's path, each once."""

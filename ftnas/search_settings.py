@@ -56,7 +56,7 @@ class SearchConfig(Limits):
         split: Share of the training images for the weights; the rest is for the controller.
         dropout: Rate before the classifier in the shared-weight steps.
         joint_forwards: Compute the clean and the faulty forward of steps and candidates as one, on each image twice,
-            with the same faults. For GPUs, which wait for Python in a search, and for faults of features alone.
+            with the same faults: half the operations. For GPUs, which wait for Python in a search.
         ranks: Processes that train the shared weights together, through Ray Train. In each step every rank takes a
             batch and a genotype of its own, and gradients are averaged over the ranks that used a weight: a step sees
             ``ranks * weights.batch_size`` images, an epoch has that many times fewer steps, and ``weights.lr`` is

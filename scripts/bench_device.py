@@ -3,11 +3,11 @@
 The steps are those of the shipped configs: one of the shared weights and one candidate of the search
 `w-ftt-nas-cifar10` (a random genotype each), one of each final training of Table 5, one faulty batch of the campaign.
 Images are random; training steps take them as a run does, shuffled and augmented. Every variant of `compute` that is
-asked for runs the same steps; `graph` is of final trainings, `joint` of the search under faults of features.
+asked for runs the same steps; `graph` is of final trainings, `joint` of searches.
 
     python scripts/bench_device.py --device cuda --json device.json
     python scripts/bench_device.py --device cuda --compute plain channels_last+bf16+fused channels_last+bf16+fused+graph
-    python scripts/bench_device.py --device cuda --compute tf32 tf32+joint --only "search, MiBB"
+    python scripts/bench_device.py --device cuda --compute tf32 tf32+joint --only search "search, MiBB"
     python scripts/bench_device.py --device cpu --seconds 1 --only search
     python scripts/bench_device.py --host    # what the host takes to issue a step: small tensors, no value read
 """
@@ -334,9 +334,9 @@ def main() -> None:
         torch.zeros(1, device=device)
         for name, compute in variants.items():
             compute.check_device(device, name, obstacle=None)
-            others = [run for run in runs if run != "search, MiBB"]
+            others = [run for run in runs if run not in SEARCHES]
             if JOINT in name.split("+") and others:
-                raise ValueError(f"{JOINT} is of 'search, MiBB' alone, and not of {others[0]!r}; give --only")
+                raise ValueError(f"{JOINT} is of searches, and not of {others[0]!r}; give --only")
     except (argparse.ArgumentTypeError, RuntimeError, AssertionError, ValueError) as error:
         parser.error(str(error).splitlines()[0])
     keep_memory()

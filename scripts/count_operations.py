@@ -42,6 +42,7 @@ CLASSES, PIXELS, IMAGES = 10, 32, 8
 META = torch.device("meta")
 RUNS = {
     "search": ("w-ftt-nas-cifar10", None),
+    "search, joint": ("w-ftt-nas-cifar10", None),
     "search, MiBB": ("f-ftt-nas-cifar10", None),
     "search, MiBB, joint": ("f-ftt-nas-cifar10", None),
     "W-FTT-Net-20": ("train-w-ftt-net-adsaf", "w-ftt-net-20"),

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from faulty import gen
-from test_search import ADSAF, contents, make_search
+from test_search import ADSAF, MIBB, contents, make_search
 from test_search import space as tiny  # noqa: F401 a fixture
 from torch import nn
 
 from ftnas import devices, inject
 from ftnas.evaluate import score
-from ftnas.faults import AdSAF, FeatureBitFlip, MiBB, NodeDown, Where
+from ftnas.faults import AdSAF, FeatureBitFlip, MiBB, NodeDown, WeightBitFlip, Where
 from ftnas.faults.hardware import Hardware
 from ftnas.faults.joint import halves, paired
 from ftnas.quantize import Bounded, FixedPoint, Quantization
@@ -30,6 +30,7 @@ from ftnas.train import FaultTolerantLoss
 
 FIXED = FixedPoint(bits=8)
 FAULT = MiBB(mac_error_rate=2e-3)
+SAF = AdSAF(cells="differential", stuck_at="max")
 SPACE = load_space("small-8x8").resized(channels=4, cells=3)
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 WAYS = ["reads", "waits", pytest.param("cuda", marks=GPU)]
@@ -82,7 +83,18 @@ def steps(device, paths, *, joint, faults=(FAULT,), alpha=0.4):
     return found
 
 
-@pytest.mark.parametrize("faults", [(FAULT,), (FAULT, MiBB(mac_error_rate=5e-4, where=Where(layers="*.edges.*")))])
+FAULTS = {
+    "features": (FAULT,),
+    "features, some by themselves": (FAULT, MiBB(mac_error_rate=5e-4, where=Where(layers="*.edges.*"))),
+    "weights": (SAF,),
+    "weights, some": (AdSAF(cells="differential", stuck_at="max", where=Where(layers="*.edges.*")),),
+    "weights, two ways": (SAF, AdSAF(cells="differential", stuck_at="max", where=Where(layers="*.edges.*"))),
+    "bits of weights": (WeightBitFlip(bit_error_rate=1e-3),),
+    "both": (SAF, FAULT),
+}
+
+
+@pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
 def test_a_step_is_that_of_the_forwards_in_turn(device, faults):
     paths = [*genotypes(3), twice(genotypes(1)[0]), genotypes(1)[0]]
     for one, other in zip(*(steps(device, paths, joint=joint, faults=faults) for joint in (True, False)), strict=True):
@@ -92,7 +104,7 @@ def test_a_step_is_that_of_the_forwards_in_turn(device, faults):
         for mine, theirs in zip(one[1], other[1], strict=True):
             if mine is not None:
                 assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
-        assert one[2].keys() == other[2].keys() and len(one[2]) > 5
+        assert one[2].keys() == other[2].keys() and len(one[2]) > 2
         for key, plan in one[2].items():
             assert torch.equal(plan.sites, other[2][key].sites) and torch.equal(plan.codes, other[2][key].codes)
             assert plan.shape == other[2][key].shape
@@ -134,11 +146,12 @@ def test_faults_hit_the_second_half_alone_and_move_it(device):
             assert torch.allclose(halves(out)[0], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_a_score_is_that_of_the_forwards_in_turn(device):
+@pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
+def test_a_score_is_that_of_the_forwards_in_turn(device, faults):
     found = []
     for joint in (True, False):
         model = supernet(device).eval()
-        with injected(model) as injection, injection.weights_shared():
+        with injected(model, *faults) as injection, injection.weights_shared():
             scores = [
                 score(
                     partial(model, genotype=path), injection, [batch(device), batch(device, 4)],
@@ -247,6 +260,19 @@ def linear():
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
 
 
+def reflecting():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"))
+
+
+class Own(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def own():
+    return nn.Sequential(Own(3, 4, 1))
+
+
 def normed():
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
 
@@ -254,13 +280,10 @@ def normed():
 @pytest.mark.parametrize(
     ("model", "faults", "options", "reason"),
     [
-        (
-            linear,
-            (AdSAF(cells="differential", stuck_at="max"),),
-            {},
-            "faults must hit feature points",
-        ),
-        (linear, (FeatureBitFlip(bit_error_rate=1e-3),), {}, "faults must hit feature points"),
+        (linear, (FeatureBitFlip(bit_error_rate=1e-3),), {}, "faults must hit weights or feature points"),
+        (linear, (), {}, "faults must hit weights or feature points"),
+        (reflecting, (SAF,), {}, "'0' must be a Conv2d, padded with zeros, or a Linear as PyTorch has them"),
+        (own, (SAF,), {}, "'0' must be a Conv2d, padded with zeros, or a Linear as PyTorch has them"),
         (linear, (FAULT,), {"mask_gradients": True}, "mask_gradients"),
         (linear, (FAULT,), {"watch": True}, "watch"),
         (linear, (FAULT,), {"bounds": {"1": 2.0}}, "bounds"),
@@ -271,7 +294,7 @@ def normed():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_it_does_not_know_is_refused_by_name(model, faults, options, reason):
-    with injected(model(), *faults, **options) as injection:
+    with inject(model(), *faults, **{"quantization": FIXED, "errors": "soft", **options}) as injection:
         with pytest.raises(ValueError, match=f"cannot be one: .*{re.escape(reason)}"), injection.joint.running():
             pass
         injection._model(torch.zeros(2, 3, 2, 2))
@@ -295,7 +318,8 @@ def test_copies_lose_the_same_values_to_dropout():
     assert torch.allclose(*halves(logits), atol=1e-5)
 
 
-def test_no_step_waits_for_a_value_and_all_ask_for_the_same():
+@pytest.mark.parametrize("faults", [FAULTS["features"], FAULTS["weights"], FAULTS["both"]], ids=str)
+def test_no_step_waits_for_a_value_and_all_ask_for_the_same(faults):
     script = Path(__file__).parent.parent / "scripts" / "count_operations.py"
     spec = importlib.util.spec_from_file_location("count_operations", script)
     counting = importlib.util.module_from_spec(spec)
@@ -306,7 +330,7 @@ def test_no_step_waits_for_a_value_and_all_ask_for_the_same():
             model, seen = supernet(device), []
             loss, path = FaultTolerantLoss(model, alpha_l=0.5, joint=joint), genotypes(1)[0]
             images, labels = torch.zeros(4, 3, 8, 8, device=device), torch.zeros(4, dtype=torch.int64, device=device)
-            with injected(model) as injection:
+            with injected(model, *faults) as injection:
                 for number in range(4):
                     with counting.Operations().named() as operations:
                         loss.gradients(
@@ -318,16 +342,17 @@ def test_no_step_waits_for_a_value_and_all_ask_for_the_same():
         counts[joint] = operations.by_part()
     assert counts[True]["rounding"] < 0.6 * counts[False]["rounding"]
     assert counts[True]["network"] < 0.6 * counts[False]["network"]
-    assert counts[True]["injection"] == counts[False]["injection"] > 0
+    assert 0 < counts[True]["injection"] <= counts[False]["injection"]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_is_never_waited_for():
+@pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
+def test_a_gpu_is_never_waited_for(faults):
     device = torch.device("cuda")
     model, (images, labels) = supernet(device), batch(device)
     loss, parameters = FaultTolerantLoss(model, alpha_l=0.5, joint=True), list(model.parameters())
-    with injected(model) as injection:
+    with injected(model, *faults) as injection:
         for mode in ("default", "default", "error"):
             torch.cuda.set_sync_debug_mode(mode)
             try:
@@ -342,11 +367,12 @@ def waiting(monkeypatch):
     monkeypatch.setattr(devices, "is_readable", lambda _device: False)
 
 
-def test_a_search_finds_what_that_in_turn_finds_and_can_be_cut(waiting, tiny, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("fault", [MIBB, ADSAF], ids=["mibb", "adsaf"])
+def test_a_search_finds_what_that_in_turn_finds_and_can_be_cut(fault, waiting, tiny, tmp_path):  # noqa: F811
     folders = {}
     for name, joint in (("turn", False), ("joint", True)):
         with RunDir.create(tmp_path / name, {}) as run:
-            make_search(tiny, run.stage("search"), joint_forwards=joint).run()
+            make_search(tiny, run.stage("search"), fault=fault, joint_forwards=joint).run()
         folders[name] = tmp_path / name / "search"
     epochs, trials = (
         {
@@ -362,7 +388,7 @@ def test_a_search_finds_what_that_in_turn_finds_and_can_be_cut(waiting, tiny, tm
     )
 
     with RunDir.create(tmp_path / "cut", {}) as run:
-        search = make_search(tiny, run.stage("search"), joint_forwards=True)
+        search = make_search(tiny, run.stage("search"), fault=fault, joint_forwards=True)
         step = search._weights_epoch
 
         def cut(epoch):
@@ -374,10 +400,11 @@ def test_a_search_finds_what_that_in_turn_finds_and_can_be_cut(waiting, tiny, tm
         with pytest.raises(KeyboardInterrupt):
             search.run()
     with RunDir.open(tmp_path / "cut") as run:
-        make_search(tiny, run.stage("search"), joint_forwards=True).run()
+        make_search(tiny, run.stage("search"), fault=fault, joint_forwards=True).run()
     assert contents(tmp_path / "cut" / "search") == contents(folders["joint"])
 
 
+BUFFER = {"name": "feature_bit_flip", "bit_error_rate": 0.001}
 TOLERANT = {"batch_size": 32, "lr": 0.1, "alpha_l": 0.5}
 
 
@@ -391,9 +418,9 @@ TOLERANT = {"batch_size": 32, "lr": 0.1, "alpha_l": 0.5}
         ),
         ({"weights": {**TOLERANT, "compute": {"autocast": "bf16"}}}, "set weights.compute.autocast to tf32 or null"),
         ({"weights": {**TOLERANT, "alpha_l": 0.0}, "reward_draws": 2}, "joint_forwards has no effect"),
-        ({"fault": ADSAF}, "search.joint_forwards: faults must hit feature points alone"),
+        ({"fault": BUFFER}, "search.joint_forwards: faults must hit weights or feature points"),
     ],
-    ids=["channels_last", "fused_rounding", "bf16", "no effect", "weights"],
+    ids=["channels_last", "fused_rounding", "bf16", "no effect", "buffers"],
 )
 def test_a_search_refuses_what_cannot_be_one(waiting, tiny, tmp_path, changes, message):  # noqa: F811
     with RunDir.create(tmp_path / "run", {}) as run, pytest.raises(ValueError, match=message):

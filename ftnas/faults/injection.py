@@ -75,7 +75,7 @@ class Injection:
         self.together = Together(self._layers, self._weight_format, self._weights, self.tally, mask_gradients)
         self._ahead = Ahead(self._features, self.tally, self._layers, self._feature_format)
         besides = {"node_down": outages, "bounds": bounds, "mask_gradients": mask_gradients, "watch": watch}
-        self.joint = Joint(model, self._layers, drawings, self._ahead, self._feature_format, self._hits, besides)
+        self.joint = Joint(self, model, self._layers, self._ahead, self._feature_format, self._hits, besides)
         self._activations = ActivationMode(self._after_activation) if self._buffers else None
         self.finding = self._paused = self._running = self._ran = self._ran_faulty = False
         self.draw = self._current = self._faulty_draw = self._replays = 0
@@ -226,7 +226,7 @@ class Injection:
         if self.joint.on or (self.shared is not None and self._watch is None):
             layers = running_layers(module, args, kwargs, self._points.get(module.training))
             if self.shared is not None:
-                self.together.begin(layers, self._draw_now, self.shared)
+                self.together.begin(layers, self._draw_now, self.shared, both=self.joint.on)
             self.joint.begin(layers, self._draw_now, self.shared)
         if self._activations is not None:
             self._activations.__enter__()

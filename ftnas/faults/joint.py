@@ -1,17 +1,18 @@
 """The clean and the faulty forward of a step as one forward, on pairs of rows.
 
 A GPU waits for Python, which asks for every operation of a search twice: once for the clean forward, once for the
-faulty one. Where faults hit features alone, both read the same weights: each image is then given twice, the even rows
-of a batch are computed without faults and the odd ones under them, and every layer is asked for once. In memory such a
-map [2 B, C, H, W] is [B, 2 C, H, W] too, the channels of both halves side by side: so BatchNorms normalise each half by
-its own statistics, and features are rounded by a step of each.
+faulty one. Here each image is given twice, the even rows of a batch are computed without faults and the odd ones under
+them, and every layer is asked for once. In memory such a map [2 B, C, H, W] is [B, 2 C, H, W] too, the channels of both
+halves side by side: so BatchNorms normalise each half by its own statistics, features are rounded by a step of each,
+and layers whose weights are hit are convolutions of twice as many groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ from ftnas.faults.bounds import FEATURE, WEIGHT, bound_of
 from ftnas.faults.drawing import Drawings
 from ftnas.faults.hits import Hits
 from ftnas.faults.place import feature_site
-from ftnas.faults.stored import SharedWeights
+from ftnas.faults.stored import Ready, SharedWeights
+from ftnas.faults.together import is_usual
 from ftnas.faults.trace import Call
 from ftnas.quantize import FixedPoint, Grid
 
@@ -40,16 +42,30 @@ def halves(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows[0::HALVES], rows[1::HALVES]
 
 
+class Host(Protocol):
+    """The injection, as far as it is of use here."""
+
+    finding: bool
+    drawings: Drawings
+
+    @property
+    def together(self) -> Ready:
+        """What is read for weights in the forward that runs, where that is known already."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Run the body without faults."""
+
+
 class Joint:
     """Runs forwards on pairs of rows, in an injection.
 
     Args:
-        model: The model.
-        layers: Its layers, by name.
-        drawings: Where plans come from.
+        host: The injection.
+        model: Its model.
+        layers: The layers of that, by name.
         ahead: Draws for feature points, where nothing can be read.
         form: Of the features.
-        hits: Applies them.
+        hits: Applies faults.
         besides: What else the injection does, by name.
 
     Attributes:
@@ -58,16 +74,15 @@ class Joint:
 
     def __init__(
         self,
+        host: Host,
         model: nn.Module,
         layers: Mapping[str, nn.Module],
-        drawings: Drawings,
         ahead: Ahead,
         form: FixedPoint | None,
         hits: Hits,
         besides: Mapping[str, object],
     ) -> None:
-        self._model, self._layers, self._form, self._besides = model, layers, form, besides
-        self._drawings, self._drawing = drawings, drawings.features
+        self._host, self._model, self._layers, self._form, self._besides = host, model, layers, form, besides
         self._ahead, self._hits = ahead, hits
         self.on = False
         self._draw = 0
@@ -76,15 +91,21 @@ class Joint:
 
     def obstacle(self) -> str | None:
         """Return why clean and faulty forward cannot be one, in a few words; None where they can."""
-        if self._drawings.weights or self._drawings.buffers or not self._drawing:
-            return "faults must hit feature points alone"
+        if self._undo:  # they are already
+            return None
+        weights, features, buffers = self._host.drawings
+        if buffers or not (weights or features):
+            return "faults must hit weights or feature points"
         if self._form is None or self._form.range is not None:
             return "features must be of dynamic fixed point"
         beside = next((name for name, given in self._besides.items() if given), None)
         if beside is not None:
             return f"it does not know {beside}"
-        if any(bound_of(module, kind) is not None for module in self._layers.values() for kind in (FEATURE, WEIGHT)):
-            return "it does not know bounds"
+        for name, layer in self._layers.items():
+            if any(bound_of(layer, kind) is not None for kind in (FEATURE, WEIGHT)):
+                return "it does not know bounds"
+            if weights.hits(name) and not (is_usual(layer) and getattr(layer, "padding_mode", "zeros") == "zeros"):
+                return f"{name!r} must be a Conv2d, padded with zeros, or a Linear as PyTorch has them"
         for name, module in self._model.named_modules():
             if isinstance(module, _BatchNorm) and (type(module) is not nn.BatchNorm2d or module.track_running_stats):
                 return f"{name!r} must be a BatchNorm2d that normalises by its batch alone"
@@ -103,8 +124,14 @@ class Joint:
                 raise ValueError(f"clean and faulty forward cannot be one: {obstacle}")
             for module in self._model.modules():
                 if isinstance(module, nn.BatchNorm2d):
-                    module.__dict__["forward"] = partial(self._normalise, module)
-                    self._undo.append(partial(module.__dict__.pop, "forward"))
+                    self._replace(module, partial(self._normalise, module))
+            for name, layer in self._layers.items():
+                if not self._host.drawings.weights.hits(name):
+                    continue
+                if isinstance(layer, nn.Conv2d):
+                    self._replace(layer, partial(self._convolve, name, layer))
+                elif isinstance(layer, nn.Linear):
+                    self._replace(layer, partial(self._map, name, layer))
         self.on = True
         try:
             yield
@@ -140,7 +167,7 @@ class Joint:
         assert self._form is not None
         pairs = feature.reshape(feature.shape[0] // HALVES, HALVES, -1)
         values, lsb = self._form.each_at_once(pairs)
-        if self._drawing.hits(layer):
+        if self._host.drawings.features.hits(layer):
             self._hit(layer, index, feature, values.detach(), self._form.grid_of(lsb[1]))
         return values.view(feature.shape)
 
@@ -149,19 +176,57 @@ class Joint:
         if self._waiting:
             self._ahead.expect(self._waiting, len(values), self._draw)
             self._waiting = ()
+        drawing = self._host.drawings.features
         site = self._ahead.meet(layer, index, feature, self._draw)
         if site is not None:  # places were drawn as those of the whole
-            self._hits.apply(self._drawing, values, site, grid, (self._draw, index))
+            self._hits.apply(drawing, values, site, grid, (self._draw, index))
             return
         faulty = values[:, 1].clone(memory_format=torch.contiguous_format).view(-1, *feature.shape[1:])
         site = feature_site(layer, self._layers[layer], faulty, self._form)
-        self._hits.apply(self._drawing, faulty, site, grid, (self._draw, index))
+        self._hits.apply(drawing, faulty, site, grid, (self._draw, index))
         values[:, 1] = faulty.view(len(values), -1)
+
+    def _replace(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+        module.__dict__["forward"] = forward
+        self._undo.append(partial(module.__dict__.pop, "forward"))
 
     def _normalise(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         if not self.on:
             return nn.BatchNorm2d.forward(norm, x)
-        rows, channels, height, width = x.shape
-        pairs = x.reshape(rows // HALVES, HALVES * channels, height, width)
-        scale, shift = (None if one is None else one.repeat(HALVES) for one in (norm.weight, norm.bias))
-        return F.batch_norm(pairs, None, None, scale, shift, training=True, eps=norm.eps).view(x.shape)
+        scale, shift = _twice(norm.weight), _twice(norm.bias)
+        return F.batch_norm(_side_by_side(x), None, None, scale, shift, training=True, eps=norm.eps).view(x.shape)
+
+    def _convolve(self, name: str, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        if not self.on or self._host.finding:
+            return nn.Conv2d.forward(conv, x)
+        weight, bias = self._both(name, conv), _twice(conv.bias)
+        groups = HALVES * conv.groups
+        out = F.conv2d(_side_by_side(x), weight, bias, conv.stride, conv.padding, conv.dilation, groups)
+        return out.reshape(len(x), -1, *out.shape[2:])
+
+    def _map(self, name: str, linear: nn.Linear, x: Tensor) -> Tensor:
+        if not self.on or self._host.finding:
+            return nn.Linear.forward(linear, x)
+        weight = self._both(name, linear).view(HALVES, linear.out_features, linear.in_features)
+        pairs = x.reshape(len(x) // HALVES, HALVES, -1, linear.in_features)
+        out = torch.einsum("bhnd,hkd->bhnk", pairs, weight).reshape(*x.shape[:-1], linear.out_features)
+        return out if linear.bias is None else out + linear.bias
+
+    def _both(self, name: str, layer: nn.Conv2d | nn.Linear) -> Tensor:
+        """Return what is read for a weight without faults and with them, one after the other."""
+        ready = self._host.together.ready.get(name)
+        if ready is not None:
+            return ready
+        with self._host.paused():
+            clean = layer.weight
+        return torch.cat([clean, layer.weight])
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """Return maps [2 B, C, H, W] with the channels of both halves side by side, [B, 2 C, H, W]."""
+    rows, channels, height, width = x.shape
+    return x.reshape(rows // HALVES, HALVES * channels, height, width)
+
+
+def _twice(one: Tensor | None) -> Tensor | None:
+    return None if one is None else one.repeat(HALVES)

@@ -73,6 +73,24 @@ class Row:
         torch._foreach_copy_(list(copies.values()), list(found.values()))
         return copies
 
+    def read_both(self, first: Tensor, second: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return two times [N] values of some layers, as weights of twice the output channels: first, then second.
+
+        All weights are contiguous. Each result begins at a multiple of `VECTOR` bytes.
+        """
+        lanes = VECTOR // first.element_size()
+        sizes = [self.places[name][1].numel() for name in names]
+        rooms = [-(-2 * size // lanes) * lanes for size in sizes]
+        memory = first.new_empty(sum(rooms))
+        begins = list(itertools.accumulate(rooms, initial=0))
+        seconds = [begin + size for begin, size in zip(begins, sizes, strict=False)]
+        starts = [int(first.storage_offset()) + self.places[name][0] for name in names]
+        parts = [self._views(memory, names, at) for at in (begins, seconds)]
+        given = [self._views(values, names, starts) for values in (first, second)]
+        torch._foreach_copy_([*parts[0].values(), *parts[1].values()], [*given[0].values(), *given[1].values()])
+        wide = {name: (2 * part.shape[0], *part.shape[1:]) for name, part in parts[0].items()}
+        return {name: part.as_strided(wide[name], part.stride()) for name, part in parts[0].items()}
+
     def _views(self, values: Tensor, names: Sequence[str], begins: Iterable[int]) -> dict[str, Tensor]:
         weights = [self.places[name][1] for name in names]
         pairs = zip(weights, begins, strict=False)
@@ -143,24 +161,31 @@ class Together:
         """Forget the weights: they may be others when the injection is entered again."""
         self._weights = self._whole = None
 
-    def begin(self, names: Sequence[str], draw: int | None, shared: SharedWeights) -> None:
+    def begin(self, names: Sequence[str], draw: int | None, shared: SharedWeights, *, both: bool = False) -> None:
         """Make ``ready`` what the layers of a forward that begins will read.
 
         Args:
             names: The layers that will run.
             draw: Number of the draw; None without faults.
             shared: What the forwards of the step share.
+            both: Whether layers that faults can hit read their weights twice, along the output channels: without
+                faults, then with them.
         """
         if self._form is None:
             return
         with torch._C.DisableTorchFunction():  # our own arithmetic is no business of any function mode
-            self._begin(names, draw, shared, self._form)
+            self._begin(names, draw, shared, self._form, both)
 
-    def _begin(self, names: Sequence[str], draw: int | None, shared: SharedWeights, form: FixedPoint) -> None:
+    def _begin(
+        self, names: Sequence[str], draw: int | None, shared: SharedWeights, form: FixedPoint, both: bool
+    ) -> None:
         if self._weights is None:
             self._weights = self._eligible()
         running = [name for name in dict.fromkeys(names) if name in self._weights]
         if len(running) < 2:
+            return
+        both = both and bool(self._drawing.placed)
+        if both and not all(self._weights[name].is_contiguous() for name in running):
             return
         learns = torch.is_grad_enabled()
         row = _row({name: self._weights[name] for name in running}) if learns else self._all(self._weights)
@@ -179,7 +204,13 @@ class Together:
                 self._count(row, fresh, plan, form)
             shared.counted.update(fresh)
             blocked = mark(values, plan.values_hit(), None) if self._mask and learns else None
-        if learns and any(weight.requires_grad for weight in row.weights):
+        learns = learns and any(weight.requires_grad for weight in row.weights)
+        if both and learns:
+            pairs = _ReadBoth.apply(row, rounded.values, values, rounded.inside, *row.weights)
+            self.ready = dict(zip(row.names, cast(Sequence[Tensor], pairs), strict=True))
+        elif both:
+            self.ready = row.read_both(rounded.values, values, running)
+        elif learns:
             values = values.to(self._dtype(row, values.device))
             read = cast(Sequence[Tensor], _Read.apply(row, values, rounded.inside, blocked, *row.weights))
             self.ready = dict(zip(row.names, read, strict=True))
@@ -188,7 +219,7 @@ class Together:
 
     def _dtype(self, row: Row, device: torch.device) -> torch.dtype:
         """Return how layers will read their weights: under autocast in its dtype, made at once and not for each."""
-        narrow = _is_autocast(device) and all(_is_usual(self._layers[name]) for name in row.names)
+        narrow = _is_autocast(device) and all(is_usual(self._layers[name]) for name in row.names)
         return torch.get_autocast_dtype(device.type) if narrow else torch.float32
 
     def _all(self, weights: dict[str, nn.Parameter]) -> Row:
@@ -299,6 +330,29 @@ class _Read(torch.autograd.Function):
         return None, None, None, None, *(None if g is None else part for g, part in zip(gradients, parts, strict=True))
 
 
+class _ReadBoth(torch.autograd.Function):
+    """As `_Read`, of weights that are read without faults and with them: their gradients are added up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, row: Row, clean: Tensor, faulty: Tensor, inside: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.row = row
+        ctx.save_for_backward(inside)
+        ctx.set_materialize_grads(False)
+        return tuple(row.read_both(clean.detach(), faulty.detach(), row.names).values())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        row: Row = ctx.row
+        pairs = zip(gradients, row.weights, strict=True)
+        given = [w.new_zeros(2 * w.shape[0], *w.shape[1:]) if g is None else g for g, w in pairs]
+        firsts, seconds = zip(*(g.chunk(2) for g in given), strict=True)
+        parts = row.split(let_pass(row.join(torch._foreach_add(firsts, seconds)), inside))
+        return None, None, None, None, *(None if g is None else part for g, part in zip(gradients, parts, strict=True))
+
+
 def _largest(tensors: Sequence[Tensor]) -> Tensor:
     """Return the largest magnitude of each tensor, [number of tensors]; NaN where one holds a NaN."""
     return torch.stack(torch._foreach_norm(list(tensors), float("inf")))
@@ -316,7 +370,7 @@ def _is_autocast(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def _is_usual(layer: nn.Module) -> bool:
+def is_usual(layer: nn.Module) -> bool:
     """Tell whether a layer does with its weight what PyTorch's own do, which autocast knows."""
     own = any(type(layer).forward is kind.forward for kind in LAYER_TYPES)
     return own and not {"forward", "_conv_forward"} & layer.__dict__.keys()

@@ -343,6 +343,27 @@ def test_no_step_waits_for_a_value_and_all_ask_for_the_same(faults):
     assert counts[True]["rounding"] < 0.6 * counts[False]["rounding"]
     assert counts[True]["network"] < 0.6 * counts[False]["network"]
     assert 0 < counts[True]["injection"] <= counts[False]["injection"]
+    assert counts[True]["drawing"] <= counts[False]["drawing"] + 8  # for all features at once in both
+
+
+def test_weights_of_both_begin_at_vectors_and_are_read_at_once(waiting):
+    model, path = supernet("cpu"), genotypes(1)[0]
+    images, _ = batch("cpu")
+    seen = []
+    model.stem.register_forward_pre_hook(lambda *_: seen.append(dict(injection.together.ready)))
+    with injected(model, SAF) as injection, injection.weights_shared(), injection.joint.running():
+        for learns in (True, False):
+            with torch.set_grad_enabled(learns):
+                model(paired(images), path)
+    for ready in seen:
+        assert len(ready) > 5
+        for name, weight in ready.items():
+            own = model.get_submodule(name).weight
+            assert weight.shape == (2 * own.shape[0], *own.shape[1:])
+            assert weight.data_ptr() % 16 == 0 and weight.is_contiguous()
+            clean, _ = weight.chunk(2)
+            assert torch.equal(clean, FixedPoint(bits=8, encoding="sign_magnitude").quantize(own))
+    assert any(not torch.equal(*weight.detach().chunk(2)) for weight in seen[0].values())
 
 
 @pytest.mark.gpu

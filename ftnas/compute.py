@@ -95,6 +95,18 @@ class Compute(Settings):
                 f"{bits}; set autocast to null or use fewer bits"
             )
 
+    def check_joint(self, name: str) -> None:
+        """Refuse what a forward on pairs of rows does not do; see `ftnas.faults.joint`.
+
+        Raises:
+            ValueError: One line.
+        """
+        for setting in ("channels_last", "fused_rounding"):
+            if getattr(self, setting):
+                raise ValueError(f"joint forwards do not know {setting}; set {name}.{setting} to false")
+        if self.autocast == "bf16":
+            raise ValueError(f"joint forwards round float32 features; set {name}.autocast to tf32 or null")
+
     def check_device(self, device: torch.device, name: str, *, obstacle: str | None) -> None:
         """Refuse what a device does not do, and a CUDA graph of what cannot be one.
 

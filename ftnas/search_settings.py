@@ -99,13 +99,8 @@ class SearchConfig(Limits):
         Raises:
             ValueError: One line.
         """
-        compute = self.weights.compute
-        for name in ("channels_last", "fused_rounding"):
-            if getattr(compute, name):
-                raise ValueError(f"joint_forwards does not know weights.compute.{name}; set one of them to false")
-        if compute.autocast == "bf16":
-            raise ValueError("joint_forwards rounds float32 features; set weights.compute.autocast to tf32 or null")
-        rewards = self.alpha_r > 0.0 and self.reward_draws == 1
+        self.weights.compute.check_joint("weights.compute")
+        rewards = self.alpha_r > 0.0 and 1 in (self.reward_draws, self.derive.draws, self.derive.final_draws)
         if not rewards and not 0.0 < self.weights.alpha_l < 1.0:
             raise ValueError(
                 "joint_forwards has no effect, since no step has a clean and a faulty forward and no reward has one of "

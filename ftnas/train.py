@@ -56,8 +56,8 @@ class FaultTolerantLoss:
     the running statistics. Penalties of ``regularization`` are added; those of values are of the clean forward.
 
     Attributes:
-        joint: Whether both forwards are one, on each image twice in a row; see `ftnas.faults.joint`. That leaves
-            ``bn_statistics``, ``regularization`` and the sides of a step without effect.
+        joint: Whether both forwards are one, on each image twice in a row, without sides; see `ftnas.faults.joint`.
+            With settings that this does not go with: a ValueError.
     """
 
     def __init__(
@@ -70,6 +70,10 @@ class FaultTolerantLoss:
         regularization: Regularization | None = None,
         joint: bool = False,
     ) -> None:
+        if joint:
+            compute.check_joint("compute")
+            if bn_statistics != "both" or regularization is not None:
+                raise ValueError("joint forwards go with bn_statistics=both and without regularizers alone")
         self._alpha, self._compute, self._regularization = alpha_l, compute, regularization
         self.joint = joint and 0.0 < alpha_l < 1.0
         self._watching = nullcontext if regularization is None else regularization.watching

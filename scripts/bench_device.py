@@ -335,7 +335,10 @@ def main() -> None:
         for name, compute in variants.items():
             compute.check_device(device, name, obstacle=None)
             others = [run for run in runs if run not in SEARCHES]
-            if JOINT in name.split("+") and others:
+            if JOINT not in name.split("+"):
+                continue
+            compute.check_joint("compute")
+            if others:
                 raise ValueError(f"{JOINT} is of searches, and not of {others[0]!r}; give --only")
     except (argparse.ArgumentTypeError, RuntimeError, AssertionError, ValueError) as error:
         parser.error(str(error).splitlines()[0])

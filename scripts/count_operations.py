@@ -29,6 +29,7 @@ from ftnas.faults import drawing
 from ftnas.faults.ahead import Ahead
 from ftnas.faults.drawing import Drawing
 from ftnas.faults.hits import Hits
+from ftnas.faults.joint import Joint
 from ftnas.faults.record import Tally
 from ftnas.faults.together import Together
 from ftnas.mistakes import positive, to_write
@@ -141,6 +142,7 @@ class Operations(TorchDispatchMode):
                 (Ahead, "meet", "drawing"),
                 (Tally, "add_each", "drawing"),
                 (Hits, "apply", "injection"),
+                (Joint, "_hit", "injection"),
                 (Together, "_round", "rounding"),
                 (Drawing, "row", "drawing"),
                 (Tally, "add_row", "drawing"),

@@ -7,6 +7,7 @@ import json
 import re
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,10 +17,13 @@ from test_search import space as tiny  # noqa: F401 a fixture
 from torch import nn
 
 from ftnas import devices, inject
+from ftnas.compute import Compute
 from ftnas.evaluate import score
 from ftnas.faults import AdSAF, FeatureBitFlip, MiBB, NodeDown, WeightBitFlip, Where
+from ftnas.faults.base import Uniform
 from ftnas.faults.hardware import Hardware
 from ftnas.faults.joint import halves, paired
+from ftnas.faults.memory import storage
 from ftnas.quantize import Bounded, FixedPoint, Quantization
 from ftnas.rng import generator, isolated
 from ftnas.rundir import RunDir
@@ -206,7 +210,7 @@ def test_halves_of_a_batch_normalise_by_themselves():
     x = torch.randn(3, 4, 5, 5, generator=gen(3))
     rows = torch.stack([x, 5 * x + 1], dim=1).flatten(0, 1)
     with injected(model) as injection:
-        with injection.joint.running():
+        with injection.weights_shared(), injection.joint.running():
             model(rows)
             for given in (rows, rows.contiguous(memory_format=torch.channels_last)):
                 for mine, half in zip(halves(norm.forward(given)), halves(rows), strict=True):
@@ -231,9 +235,10 @@ def test_the_model_is_left_as_it_was(device):
     images, _ = batch(device)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modules = [set(module.__dict__) for module in model.modules()]
-    with pytest.raises(RuntimeError, match="stop"), injected(model) as injection, injection.joint.running():
-        model(paired(images), path)
-        raise RuntimeError("stop")
+    with pytest.raises(RuntimeError, match="stop"), injected(model) as injection:
+        with injection.weights_shared(), injection.joint.running():
+            model(paired(images), path)
+            raise RuntimeError("stop")
     assert [set(module.__dict__) for module in model.modules()] == modules
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     # and within the injection other forwards are what they were
@@ -244,16 +249,21 @@ def test_the_model_is_left_as_it_was(device):
         assert torch.equal(model(images, path), first)
 
 
-def test_without_shared_weights_it_is_the_same(device):
-    model, path = supernet(device), genotypes(1)[0]
-    images, _ = batch(device)
-    found = []
-    with injected(model) as injection, torch.no_grad():
-        for shared in (True, False):
-            injection.draw = 4
-            with injection.weights_shared() if shared else torch.no_grad(), injection.joint.running():
-                found.append(model(paired(images), path))
-    assert torch.equal(found[0], found[1])
+@pytest.mark.parametrize(
+    ("rows", "shared", "message"),
+    [
+        (3, True, r"takes each image twice, as paired\(images\), got 3 rows"),
+        (0, True, "got 0 rows"),
+        (4, False, r"run it within weights_shared\(\)"),
+    ],
+)
+def test_what_is_no_pairs_of_rows_is_refused(device, rows, shared, message):
+    model = linear().to(device)
+    with injected(model) as injection, injection.joint.running():
+        with injection.weights_shared() if shared else torch.no_grad(), pytest.raises(ValueError, match=message):
+            model(torch.zeros(rows, 3, 2, 2, device=device))
+        injection.joint.on = False
+        model(torch.zeros(2, 3, 2, 2, device=device))
 
 
 def linear():
@@ -277,6 +287,29 @@ def normed():
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
 
 
+def remembering():
+    model = normed()
+    model[1].track_running_stats = False  # in evaluation it normalises by its buffers still
+    return model
+
+
+def replaced():
+    model = normed()
+    use_batch_statistics(model)
+    forward = model[1].forward
+    model[1].forward = lambda x: forward(x)
+    return model
+
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight / weight.norm(), bias)
+
+
+def standardised():
+    return nn.Sequential(Standardised(3, 4, 1))
+
+
 @pytest.mark.parametrize(
     ("model", "faults", "options", "reason"),
     [
@@ -290,6 +323,9 @@ def normed():
         (linear, (FAULT, NodeDown(nodes={"a": ["1"]}, rate=0.5)), {}, "node_down"),
         (linear, (FAULT,), {"quantization": Quantization(features=FixedPoint(range=Bounded(bound=4.0)))}, "dynamic"),
         (normed, (FAULT,), {}, "'1' must be a BatchNorm2d that normalises by its batch alone"),
+        (remembering, (FAULT,), {}, "'1' must be a BatchNorm2d that normalises by its batch alone"),
+        (replaced, (FAULT,), {}, "'1' must be a BatchNorm2d that normalises by its batch alone"),
+        (standardised, (SAF,), {}, "'0' must be a Conv2d, padded with zeros, or a Linear as PyTorch has them"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -300,9 +336,185 @@ def test_what_it_does_not_know_is_refused_by_name(model, faults, options, reason
         injection._model(torch.zeros(2, 3, 2, 2))
 
 
+def test_replayed_plans_are_refused():
+    model, images = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)), torch.zeros(2, 3, 2, 2)
+    with injected(model) as injection:
+        model(images)
+        plans = injection.plans()
+    with inject(model, quantization=FIXED, plans=plans) as injection:
+        assert injection.joint.obstacle() == "it does not know replayed plans"
+        model(images)
+
+
+class Tied(nn.Module):
+    """Reads the weight of a layer by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.b(nn.functional.linear(self.a(x), self.a.weight))
+
+
+class Flat(nn.Module):
+    """Has other rows than images within."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.b(self.a(x.reshape(-1, 4)).view(len(x), 8))
+
+
+class Half(nn.Module):
+    """Computes in half precision within."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 4), nn.Linear(4, 4).bfloat16()
+
+    def forward(self, x):
+        return self.b(self.a(x).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("model", "fault", "message"),
+    [
+        (Tied, SAF, "the weight of 'a' is read outside of its layer"),
+        (Flat, SAF, "'a' has 8 rows of 4"),
+        (Flat, FAULT, "'a' has 8 rows of 4"),
+        (Half, FAULT, "computes in float32: 'b' has torch.bfloat16"),
+    ],
+)
+def test_what_turns_up_in_a_forward_is_refused_by_name(device, model, fault, message):
+    net, x = model().to(device), torch.ones(4, 8, device=device)
+    with injected(net, fault) as injection, injection.weights_shared():
+        with injection.paused():
+            net(x)
+        with injection.joint.running(), pytest.raises(ValueError, match=message):
+            net(x)
+        net(x)
+
+
+@pytest.mark.parametrize("faults", [(FAULT,), (SAF,)], ids=["features", "weights"])
+@pytest.mark.parametrize("first", [True, False])
+def test_feature_points_of_a_traced_model_are_those_without(device, faults, first):
+    """Also where the forward that is traced is one on pairs of rows."""
+    found = []
+    images, labels = batch(device)
+    for joint in (True, False):
+        with isolated(0, "net"):
+            model = nn.Sequential(
+                nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=2), nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(), nn.Linear(6, 5),
+            ).to(device)  # fmt: skip
+        use_batch_statistics(model)
+        with injected(model, *faults) as injection:
+            if not first:
+                with injection.paused():
+                    model(images)
+            injection.draw = 7
+            loss = FaultTolerantLoss(model, alpha_l=0.5, joint=joint)
+            found.append(loss.gradients(model, injection, images, labels, list(model.parameters())))
+            found.append((injection.plans().plans, [p.grad for p in model.parameters()], injection.record))
+    assert float(found[0].clean) == pytest.approx(float(found[2].clean), rel=1e-5)
+    assert float(found[0].faulty) == pytest.approx(float(found[2].faulty), rel=1e-5)
+    assert found[1][0].keys() == found[3][0].keys() and found[1][2] == found[3][2]
+    for mine, theirs in zip(found[1][1], found[3][1], strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-6)
+
+
+class Zero(MiBB):
+    """A fault model of one's own that reads the sites of its plans, as these are documented."""
+
+    name: ClassVar[str] = "zero"
+
+    def uniform(self, site):
+        return Uniform(site.num_values, 0.1, 1)
+
+    def sample(self, site, *, generator):
+        raise AssertionError("drawn ahead")
+
+    def apply_(self, values, plan, grid):
+        assert plan.shape == tuple(values.shape) and plan.num_values == plan.population == values.numel()
+        valid = plan.sites < plan.population
+        storage(values)[plan.sites[valid]] = 0.0
+        assert torch.equal(plan.at[valid], plan.sites[valid]) and int(valid.sum()) > 0
+        return values
+
+
+def test_a_fault_model_of_ones_own_meets_plans_that_fit_its_tensors(waiting):
+    paths = genotypes(1)
+    for one, other in zip(
+        *(steps("cpu", paths, joint=joint, faults=(Zero(mac_error_rate=1e-3),)) for joint in (True, False)), strict=True
+    ):
+        assert float(one[0].clean) == pytest.approx(float(other[0].clean), rel=1e-5)
+        assert float(one[0].faulty) == pytest.approx(float(other[0].faulty), rel=1e-5)
+        assert one[3] == other[3] and one[3].hits > 0
+
+
+def test_a_body_within_a_body_leaves_the_outer_one_as_it_was(device):
+    model, path = supernet(device), genotypes(1)[0]
+    with injected(model) as injection, injection.weights_shared(), injection.joint.running():
+        with injection.joint.running():
+            pass
+        assert injection.joint.on
+        model(paired(batch(device)[0]), path)
+    assert not injection.joint.on
+    with pytest.raises(ValueError, match="within the block of the injection"), injection.joint.running():
+        pass
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_layers_may_be_called_by_keyword(device):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.head(input=self.norm(input=self.conv(input=x)).mean((2, 3)))
+
+    model = Named().to(device)
+    use_batch_statistics(model)
+    images, _ = batch(device)
+    with injected(model, SAF, FAULT) as injection, injection.weights_shared():
+        with injection.paused():
+            without = model(images)
+        with injection.joint.running():
+            assert torch.allclose(halves(model(paired(images)))[0], without, atol=1e-5)
+
+
+@pytest.mark.parametrize("odd", ["transposed", "channels_last"])
+def test_weights_that_lie_otherwise(waiting, odd):
+    """Of one output, transposed from one input, as a conversion leaves it; and with the channels innermost."""
+    if odd == "transposed":
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 1), nn.Linear(1, 4))
+        model[1].weight = nn.Parameter(model[1].weight.detach().view(12, 1).clone().t())
+    else:
+        model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Conv2d(4, 4, 1), nn.Flatten())
+        model = model.to(memory_format=torch.channels_last)
+    x, found = torch.randn(4, 3, 2, 2, generator=gen(4)), []
+    with injected(model, SAF) as injection, torch.no_grad(), injection.weights_shared():
+        with injection.paused():
+            model(x)
+        injection.draw = 3
+        found.append(model(x))
+        injection.draw = 3
+        with injection.joint.running():
+            if odd == "channels_last":
+                with pytest.raises(ValueError, match="leave channels_last out"):
+                    model(paired(x))
+                return
+            found.append(halves(model(paired(x)))[1])
+    assert torch.allclose(found[0], found[1], atol=1e-6)
+
+
 def test_paused_faults_leave_no_faulty_half():
     model = linear()
-    with injected(model) as injection, injection.joint.running():
+    with injected(model) as injection, injection.weights_shared(), injection.joint.running():
         with pytest.raises(ValueError, match=r"run it outside of paused\(\)"), injection.paused():
             model(torch.zeros(2, 3, 2, 2))
         model(torch.zeros(2, 3, 2, 2))
@@ -343,7 +555,7 @@ def test_no_step_waits_for_a_value_and_all_ask_for_the_same(faults):
     assert counts[True]["rounding"] < 0.6 * counts[False]["rounding"]
     assert counts[True]["network"] < 0.6 * counts[False]["network"]
     assert 0 < counts[True]["injection"] <= counts[False]["injection"]
-    assert counts[True]["drawing"] <= counts[False]["drawing"] + 8  # for all features at once in both
+    assert counts[True]["drawing"] <= counts[False]["drawing"] + 16  # for all features at once in both
 
 
 def test_weights_of_both_begin_at_vectors_and_are_read_at_once(waiting):
@@ -426,19 +638,20 @@ def test_a_search_finds_what_that_in_turn_finds_and_can_be_cut(fault, waiting, t
 
 
 BUFFER = {"name": "feature_bit_flip", "bit_error_rate": 0.001}
+UNTRAINED = {"batch_size": 32, "lr": 0.1, "alpha_l": 0.0}
 TOLERANT = {"batch_size": 32, "lr": 0.1, "alpha_l": 0.5}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weights": {**TOLERANT, "compute": {"channels_last": True}}}, "does not know weights.compute.channels_last"),
+        ({"weights": {**TOLERANT, "compute": {"channels_last": True}}}, "set weights.compute.channels_last to false"),
         (
             {"weights": {**TOLERANT, "compute": {"fused_rounding": True}}},
-            "does not know weights.compute.fused_rounding",
+            "set weights.compute.fused_rounding to false",
         ),
         ({"weights": {**TOLERANT, "compute": {"autocast": "bf16"}}}, "set weights.compute.autocast to tf32 or null"),
-        ({"weights": {**TOLERANT, "alpha_l": 0.0}, "reward_draws": 2}, "joint_forwards has no effect"),
+        ({"weights": UNTRAINED, "reward_draws": 2, "derive": {"draws": 2}}, "joint_forwards has no effect"),
         ({"fault": BUFFER}, "search.joint_forwards: faults must hit weights or feature points"),
     ],
     ids=["channels_last", "fused_rounding", "bf16", "no effect", "buffers"],
@@ -446,6 +659,25 @@ TOLERANT = {"batch_size": 32, "lr": 0.1, "alpha_l": 0.5}
 def test_a_search_refuses_what_cannot_be_one(waiting, tiny, tmp_path, changes, message):  # noqa: F811
     with RunDir.create(tmp_path / "run", {}) as run, pytest.raises(ValueError, match=message):
         make_search(tiny, run.stage("search"), joint_forwards=True, **changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compute": Compute(autocast="bf16")}, "set compute.autocast to tf32 or null"),
+        ({"compute": Compute(channels_last=True)}, "set compute.channels_last to false"),
+        ({"bn_statistics": "clean"}, "bn_statistics=both and without regularizers"),
+        ({"regularization": object()}, "bn_statistics=both and without regularizers"),
+    ],
+)
+def test_a_loss_refuses_what_has_no_effect_in_one_forward(options, message):
+    with pytest.raises(ValueError, match=message):
+        FaultTolerantLoss(supernet("cpu"), alpha_l=0.5, joint=True, **options)
+
+
+def test_a_search_whose_derivation_alone_has_one_draw_takes_it(waiting, tiny, tmp_path):  # noqa: F811
+    with RunDir.create(tmp_path / "run", {}) as run:
+        make_search(tiny, run.stage("search"), joint_forwards=True, weights=UNTRAINED, reward_draws=2)
 
 
 def test_a_search_on_a_cpu_refuses_it(tiny, tmp_path):  # noqa: F811

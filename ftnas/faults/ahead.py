@@ -43,7 +43,8 @@ class _Tensor:
         site: The tensor.
         uniform: How it is hit.
         length: Entries of its plan.
-        integers: Its number in the hash, ``length``, the place of its layer, and the values of a sample; int64 [4].
+        integers: Its number in the hash, ``length``, the place of its layer, the values of a sample, and twice the
+            population; int64 [5].
         reals: 1 / log(1 - rate), the population, and the number of codes; float64 [3].
     """
 
@@ -76,6 +77,9 @@ class Ahead:
         tally: Counts them.
         layers: Of the model, by name.
         form: Of the features.
+
+    Attributes:
+        paired: In a forward on pairs of rows, the plans that were drawn as those of [B, 2, N].
     """
 
     def __init__(self, drawing: Drawing, tally: Tally, layers: dict[str, nn.Module], form: FixedPoint | None) -> None:
@@ -86,6 +90,7 @@ class Ahead:
         self._halves: dict[Any, tuple[list[_Tensor], bool]] = {}
         self._expected: dict[tuple[str, int], list[_Tensor]] = {}
         self._drawn: list[_Drawn] = []
+        self.paired: dict[Key, Plan] = {}
 
     def note(self, layer: str, index: int, feature: Tensor, shared: SharedWeights) -> None:
         """Take note of a feature that a forward without faults has made."""
@@ -114,7 +119,7 @@ class Ahead:
             rows: Number of pairs.
             draw: Number of the draw.
         """
-        known = [tensor for layer in layers for tensor in self._expected.get((layer, rows), ())]
+        known = [tensor for layer in dict.fromkeys(layers) for tensor in self._expected.get((layer, rows), ())]
         for placed in self._placed:
             for group in _groups(tensor for tensor in known if tensor.key[0] == placed.number):
                 self._draw(placed, group, draw, halves=True)
@@ -123,8 +128,8 @@ class Ahead:
         """Draw for the second half of a feature [2 B, ...] of pairs of rows, where that is not done yet.
 
         Returns:
-            That half as a tensor of its own, whose plans say where in the whole they hit; None where faults draw for
-            themselves too, so that all plans are those of the half alone.
+            That half as a tensor of its own, for whose plans `paired` has those of the whole; None where faults draw
+            for themselves too.
         """
         if not self._placed or devices.is_readable(feature.device):
             return None
@@ -147,7 +152,7 @@ class Ahead:
         """Count what has hit in the forward that ends; tensors that it did not come to are not hit."""
         drawing, drawn = self._drawing, self._drawn
         used = {key: drawing.ready[key].shape for key in drawing.used}
-        drawing.ready, drawing.used, self._drawn = {}, set(), []
+        drawing.ready, drawing.used, self._drawn, self.paired = {}, set(), [], {}
         for entry in drawn:
             numbers = [number for number, each in enumerate(entry.tensors) if used.get(each.key) == each.site.shape]
             hits, places = entry.hits, entry.places
@@ -173,27 +178,40 @@ class Ahead:
                 continue
             key = (placed.number, layer, index)
             own = seed_for(0, "ahead", placed.fault.name, *key)
-            integers = (own, length, self._places[layer], site.num_values // max(1, site.shape[0]))
+            sample = site.num_values // max(1, site.shape[0])
+            integers = (own, length, self._places[layer], sample, 2 * uniform.population)
             reals = (inverse, uniform.population, uniform.num_codes)
             kept = [_filled(integers, torch.int64, feature.device), _filled(reals, torch.float64, feature.device)]
             yield _Tensor(key, site, uniform, length, *kept)
 
     def _draw(self, placed: Placed, tensors: Sequence[_Tensor], draw: int, *, halves: bool = False) -> None:
-        """Draw the plans of some tensors: `Drawing.ready` of each; of ``halves`` with the places in pairs of rows."""
+        """Draw the plans of some tensors: `Drawing.ready` of each, and of ``halves`` what is `paired`."""
         lengths = [tensor.length for tensor in tensors]
         integers = torch.stack([tensor.integers for tensor in tensors])
         reals = torch.stack([tensor.reals for tensor in tensors])
         seed = self._drawing.seed_of(placed, draw, integers.device)
         sites, codes, at, hits = walks(integers[:, 0] ^ seed, integers[:, 1], reals, sum(lengths))
-        if halves:
-            sample = integers[:, 3].repeat_interleave(integers[:, 1], output_size=sum(lengths))
-            at = at.div(sample, rounding_mode="floor").add_(1).mul_(sample).add_(at)
-        parts = zip(tensors, sites.split(lengths), codes.split(lengths), at.split(lengths), strict=True)
-        for tensor, its_sites, its_codes, its_at in parts:
+        parts = (of_all.split(lengths) for of_all in (sites, codes, at))
+        for tensor, its_sites, its_codes, its_at in zip(tensors, *parts, strict=True):
             population, rate, _ = tensor.uniform
             plan = Plan(its_sites, its_codes, population, rate, tensor.site.shape, at=its_at)
             self._drawing.ready[tensor.key] = plan
+        if halves:
+            self._pair(tensors, lengths, integers, sites, at)
         self._drawn.append(_Drawn(placed, tensors, hits, integers[:, 2]))
+
+    def _pair(
+        self, tensors: Sequence[_Tensor], lengths: Sequence[int], integers: Tensor, sites: Tensor, at: Tensor
+    ) -> None:
+        """Make the plans of second halves, [B, N], into those of pairs of rows, [B, 2, N]: `paired` of each."""
+        repeats, total = integers[:, 1], sum(lengths)
+        sample, both = (column.repeat_interleave(repeats, output_size=total) for column in integers[:, 3:].unbind(1))
+        sites, at = (place + (place.div(sample, rounding_mode="floor") + 1) * sample for place in (sites, at))
+        parts = torch.minimum(sites, both).split(lengths), at.split(lengths)  # padding comes after the last value
+        for tensor, its_sites, its_at in zip(tensors, *parts, strict=True):
+            plan, rows = self._drawing.ready[tensor.key], tensor.site.shape[0]
+            shape = (rows, 2, plan.num_values // max(1, rows))
+            self.paired[tensor.key] = Plan(its_sites, plan.codes, 2 * plan.population, plan.rate, shape, at=its_at)
 
 
 def walks(starts: Tensor, lengths: Tensor, reals: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

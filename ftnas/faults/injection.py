@@ -85,6 +85,11 @@ class Injection:
         self._undo: list[Callable[[], None]] = []
 
     @property
+    def entered(self) -> bool:
+        """Whether the model is within the block."""
+        return bool(self._undo)
+
+    @property
     def record(self) -> InjectionRecord:
         """What was hit so far: layers, sites, hits and realised rates of each fault model."""
         return self.tally.record()
@@ -227,7 +232,7 @@ class Injection:
             layers = running_layers(module, args, kwargs, self._points.get(module.training))
             if self.shared is not None:
                 self.together.begin(layers, self._draw_now, self.shared, both=self.joint.on)
-            self.joint.begin(layers, self._draw_now, self.shared)
+            self.joint.begin(layers, self._draw_now, self.shared, (*args, *kwargs.values()))
         if self._activations is not None:
             self._activations.__enter__()
 
@@ -326,6 +331,10 @@ class Injection:
         site = weight_site(layer, self._layers[layer], out, self._weight_format)
         self._hits.apply(self._weights, out, site, grid, (self._current, 0))
         return out
+
+    def check_reading(self, layer: str) -> None:
+        """Refuse that a weight is read outside of its layer in a forward on pairs of rows, where it is two."""
+        self.joint.check_reading(layer)
 
     def weight_bound(self, layer: str) -> Tensor | None:
         """Return the bound of a layer's weight as it is stored; None without."""

@@ -33,7 +33,7 @@ HALVES = 2
 
 
 def paired(images: Tensor) -> Tensor:
-    """Return images [B, ...] each twice, [2 B, ...]: the even rows for the clean half, the odd ones for the faulty."""
+    """Return images [B, ...], each twice in a row, [2 B, ...]: one for the clean half, one for the faulty."""
     return images.repeat_interleave(HALVES, dim=0)
 
 
@@ -47,6 +47,10 @@ class Host(Protocol):
 
     finding: bool
     drawings: Drawings
+
+    @property
+    def entered(self) -> bool:
+        """Whether the model is within the block."""
 
     @property
     def together(self) -> Ready:
@@ -84,8 +88,8 @@ class Joint:
     ) -> None:
         self._host, self._model, self._layers, self._form, self._besides = host, model, layers, form, besides
         self._ahead, self._hits = ahead, hits
-        self.on = False
-        self._draw = 0
+        self.on = self._reads = False
+        self._draw = self._rows = 0
         self._waiting: Sequence[str] = ()
         self._undo: list[Callable[[], None]] = []
 
@@ -99,6 +103,7 @@ class Joint:
         if self._form is None or self._form.range is not None:
             return "features must be of dynamic fixed point"
         beside = next((name for name, given in self._besides.items() if given), None)
+        beside = "replayed plans" if weights.given is not None else beside
         if beside is not None:
             return f"it does not know {beside}"
         for name, layer in self._layers.items():
@@ -107,17 +112,19 @@ class Joint:
             if weights.hits(name) and not (is_usual(layer) and getattr(layer, "padding_mode", "zeros") == "zeros"):
                 return f"{name!r} must be a Conv2d, padded with zeros, or a Linear as PyTorch has them"
         for name, module in self._model.named_modules():
-            if isinstance(module, _BatchNorm) and (type(module) is not nn.BatchNorm2d or module.track_running_stats):
+            if isinstance(module, _BatchNorm) and not _is_by_batch(module):
                 return f"{name!r} must be a BatchNorm2d that normalises by its batch alone"
         return None
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Run forwards on pairs of rows in the body.
+        """Run forwards on pairs of rows in the body, all within ``weights_shared()``.
 
         Raises:
-            ValueError: One line: the `obstacle`.
+            ValueError: One line: the `obstacle`; or the model is not within the block of its injection.
         """
+        if not self._host.entered:
+            raise ValueError("forwards on pairs of rows run within the block of the injection alone")
         if not self._undo:
             obstacle = self.obstacle()
             if obstacle is not None:
@@ -132,40 +139,58 @@ class Joint:
                     self._replace(layer, partial(self._convolve, name, layer))
                 elif isinstance(layer, nn.Linear):
                     self._replace(layer, partial(self._map, name, layer))
-        self.on = True
+        before, self.on = self.on, True
         try:
             yield
         finally:
-            self.on = False
+            self.on = before
 
     def detach(self) -> None:
         """Take away from the model what `running` has put there."""
         while self._undo:
             self._undo.pop()()
 
-    def begin(self, layers: Sequence[str], draw: int | None, shared: SharedWeights | None) -> None:
+    def begin(
+        self, layers: Sequence[str], draw: int | None, shared: SharedWeights | None, given: Sequence[object]
+    ) -> None:
         """Begin a forward: on pairs of rows, or after one without faults that has shown its features.
 
         Args:
             layers: What it will run, as far as that is known.
             draw: Number of the draw; None without faults.
             shared: What it shares with others; None where that is nothing.
+            given: Its arguments.
 
         Raises:
-            ValueError: Faults are paused, and half of the rows would be faulty.
+            ValueError: Faults are paused, though half of the rows would be faulty; the weights are not shared; or there
+                are no pairs of rows.
         """
-        if self.on:
-            if draw is None:
-                raise ValueError("a forward on pairs of rows has a faulty half; run it outside of paused()")
-            self._waiting, self._draw = layers, draw
-        elif shared is not None:
-            self._ahead.begin(draw, shared)
+        if not self.on:
+            if shared is not None:
+                self._ahead.begin(draw, shared)
+            return
+        if draw is None:
+            raise ValueError("a forward on pairs of rows has a faulty half; run it outside of paused()")
+        if shared is None:
+            raise ValueError("a forward on pairs of rows reads its weights once; run it within weights_shared()")
+        rows = next((len(one) for one in given if isinstance(one, Tensor) and one.dim()), 0)
+        if rows == 0 or rows % HALVES:
+            raise ValueError(f"a forward on pairs of rows takes each image twice, as paired(images), got {rows} rows")
+        self._waiting, self._draw, self._rows = layers, draw, rows
+
+    def check_reading(self, layer: str) -> None:
+        """Refuse that what a weight is, which faults can hit, is asked for by anything but its layer's forward."""
+        if self.on and not self._reads and self._host.drawings.weights.hits(layer):
+            raise ValueError(
+                f"the weight of {layer!r} is read outside of its layer, where a forward on pairs of rows has two of it"
+            )
 
     def feature(self, call: Call, feature: Tensor) -> Tensor:
         """Round both halves of a feature point [2 B, ...], each to its own grid, and fault the second one."""
         layer, index = call
         assert self._form is not None
-        pairs = feature.reshape(feature.shape[0] // HALVES, HALVES, -1)
+        self._check(feature, layer)
+        pairs = feature.reshape(len(feature) // HALVES, HALVES, -1)
         values, lsb = self._form.each_at_once(pairs)
         if self._host.drawings.features.hits(layer):
             self._hit(layer, index, feature, values.detach(), self._form.grid_of(lsb[1]))
@@ -178,8 +203,9 @@ class Joint:
             self._waiting = ()
         drawing = self._host.drawings.features
         site = self._ahead.meet(layer, index, feature, self._draw)
-        if site is not None:  # places were drawn as those of the whole
-            self._hits.apply(drawing, values, site, grid, (self._draw, index))
+        if site is not None:
+            for placed, _, _ in drawing.plans(site, self._draw, index, values.device):
+                placed.fault.apply_(values, self._ahead.paired[placed.number, layer, index], grid)
             return
         faulty = values[:, 1].clone(memory_format=torch.contiguous_format).view(-1, *feature.shape[1:])
         site = feature_site(layer, self._layers[layer], faulty, self._form)
@@ -190,26 +216,44 @@ class Joint:
         module.__dict__["forward"] = forward
         self._undo.append(partial(module.__dict__.pop, "forward"))
 
-    def _normalise(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-        if not self.on:
-            return nn.BatchNorm2d.forward(norm, x)
-        scale, shift = _twice(norm.weight), _twice(norm.bias)
-        return F.batch_norm(_side_by_side(x), None, None, scale, shift, training=True, eps=norm.eps).view(x.shape)
+    @property
+    def _is_off(self) -> bool:
+        return not self.on or self._host.finding
 
-    def _convolve(self, name: str, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        if not self.on or self._host.finding:
-            return nn.Conv2d.forward(conv, x)
+    def _check(self, x: Tensor, layer: str) -> None:
+        """Refuse a tensor whose rows are not those of the forward, or that is not float32."""
+        if x.shape[0] != self._rows:
+            raise ValueError(
+                f"a forward on pairs of rows needs them everywhere: {layer!r} has {x.shape[0]} rows of {self._rows}"
+            )
+        if x.dtype != torch.float32:
+            raise ValueError(f"a forward on pairs of rows computes in float32: {layer!r} has {x.dtype}")
+
+    # as in PyTorch's own layers, what a forward is given is called input
+
+    def _normalise(self, norm: nn.BatchNorm2d, input: Tensor) -> Tensor:
+        if self._is_off:
+            return nn.BatchNorm2d.forward(norm, input)
+        self._check(input, "a BatchNorm")
+        scale, shift, pairs = _twice(norm.weight), _twice(norm.bias), _side_by_side(input)
+        return F.batch_norm(pairs, None, None, scale, shift, training=True, eps=norm.eps).view(input.shape)
+
+    def _convolve(self, name: str, conv: nn.Conv2d, input: Tensor) -> Tensor:
+        if self._is_off:
+            return nn.Conv2d.forward(conv, input)
+        self._check(input, name)
         weight, bias = self._both(name, conv), _twice(conv.bias)
         groups = HALVES * conv.groups
-        out = F.conv2d(_side_by_side(x), weight, bias, conv.stride, conv.padding, conv.dilation, groups)
-        return out.reshape(len(x), -1, *out.shape[2:])
+        out = F.conv2d(_side_by_side(input), weight, bias, conv.stride, conv.padding, conv.dilation, groups)
+        return out.reshape(len(input), -1, *out.shape[2:])
 
-    def _map(self, name: str, linear: nn.Linear, x: Tensor) -> Tensor:
-        if not self.on or self._host.finding:
-            return nn.Linear.forward(linear, x)
+    def _map(self, name: str, linear: nn.Linear, input: Tensor) -> Tensor:
+        if self._is_off:
+            return nn.Linear.forward(linear, input)
+        self._check(input, name)
         weight = self._both(name, linear).view(HALVES, linear.out_features, linear.in_features)
-        pairs = x.reshape(len(x) // HALVES, HALVES, -1, linear.in_features)
-        out = torch.einsum("bhnd,hkd->bhnk", pairs, weight).reshape(*x.shape[:-1], linear.out_features)
+        pairs = input.reshape(len(input) // HALVES, HALVES, -1, linear.in_features)
+        out = torch.einsum("bhnd,hkd->bhnk", pairs, weight).reshape(*input.shape[:-1], linear.out_features)
         return out if linear.bias is None else out + linear.bias
 
     def _both(self, name: str, layer: nn.Conv2d | nn.Linear) -> Tensor:
@@ -217,9 +261,19 @@ class Joint:
         ready = self._host.together.ready.get(name)
         if ready is not None:
             return ready
-        with self._host.paused():
-            clean = layer.weight
-        return torch.cat([clean, layer.weight])
+        self._reads = True
+        try:
+            with self._host.paused():
+                clean = layer.weight
+            return torch.cat([clean, layer.weight])
+        finally:
+            self._reads = False
+
+
+def _is_by_batch(norm: _BatchNorm) -> bool:
+    """Tell whether a BatchNorm is a BatchNorm2d, as PyTorch has it, that has no statistics but those of its batch."""
+    alone = norm.running_mean is None and norm.running_var is None and not norm.track_running_stats
+    return alone and type(norm) is nn.BatchNorm2d and "forward" not in norm.__dict__
 
 
 def _side_by_side(x: Tensor) -> Tensor:

@@ -64,6 +64,9 @@ class Reader(Protocol):
     def faulty(self, layer: str, stored: Tensor, grid: Grid | None) -> Tensor:
         """Return a faulty copy of what the hardware holds."""
 
+    def check_reading(self, layer: str) -> None:
+        """Raise a ValueError where a weight is read in a way in which one tensor cannot say what the hardware holds."""
+
     def weight_state(self, layer: str) -> Any:
         """Return what, beside its values, decides what is read for a weight now; None without faults."""
 
@@ -82,6 +85,7 @@ class StoredWeight(nn.Module):
         """Return the quantized and faulty weight; same shape and dtype."""
         if self._reader.finding:
             return weight
+        self._reader.check_reading(self._layer)
         ready = self._reader.together.ready.get(self._layer)
         if ready is not None:
             return ready

@@ -88,8 +88,8 @@ class Row:
         parts = [self._views(memory, names, at) for at in (begins, seconds)]
         given = [self._views(values, names, starts) for values in (first, second)]
         torch._foreach_copy_([*parts[0].values(), *parts[1].values()], [*given[0].values(), *given[1].values()])
-        wide = {name: (2 * part.shape[0], *part.shape[1:]) for name, part in parts[0].items()}
-        return {name: part.as_strided(wide[name], part.stride()) for name, part in parts[0].items()}
+        pairs = zip(parts[0].items(), begins, sizes, strict=False)
+        return {name: memory[at : at + 2 * size].view(-1, *part.shape[1:]) for (name, part), at, size in pairs}
 
     def _views(self, values: Tensor, names: Sequence[str], begins: Iterable[int]) -> dict[str, Tensor]:
         weights = [self.places[name][1] for name in names]
@@ -186,7 +186,7 @@ class Together:
             return
         both = both and bool(self._drawing.placed)
         if both and not all(self._weights[name].is_contiguous() for name in running):
-            return
+            raise ValueError("a forward on pairs of rows reads contiguous weights alone; leave channels_last out")
         learns = torch.is_grad_enabled()
         row = _row({name: self._weights[name] for name in running}) if learns else self._all(self._weights)
         key = row.names, torch.is_inference_mode_enabled()
@@ -372,5 +372,7 @@ def _is_autocast(device: torch.device) -> bool:
 
 def is_usual(layer: nn.Module) -> bool:
     """Tell whether a layer does with its weight what PyTorch's own do, which autocast knows."""
-    own = any(type(layer).forward is kind.forward for kind in LAYER_TYPES)
+    kind = type(layer)
+    own = any(kind.forward is of_torch.forward for of_torch in LAYER_TYPES)
+    own = own and getattr(kind, "_conv_forward", nn.Conv2d._conv_forward) is nn.Conv2d._conv_forward
     return own and not {"forward", "_conv_forward"} & layer.__dict__.keys()

@@ -129,9 +129,9 @@ class Joint:
             obstacle = self.obstacle()
             if obstacle is not None:
                 raise ValueError(f"clean and faulty forward cannot be one: {obstacle}")
-            for module in self._model.modules():
+            for name, module in self._model.named_modules():
                 if isinstance(module, nn.BatchNorm2d):
-                    self._replace(module, partial(self._normalise, module))
+                    self._replace(module, partial(self._normalise, name, module))
             for name, layer in self._layers.items():
                 if not self._host.drawings.weights.hits(name):
                     continue
@@ -231,10 +231,10 @@ class Joint:
 
     # as in PyTorch's own layers, what a forward is given is called input
 
-    def _normalise(self, norm: nn.BatchNorm2d, input: Tensor) -> Tensor:
+    def _normalise(self, name: str, norm: nn.BatchNorm2d, input: Tensor) -> Tensor:
         if self._is_off:
             return nn.BatchNorm2d.forward(norm, input)
-        self._check(input, "a BatchNorm")
+        self._check(input, name)
         scale, shift, pairs = _twice(norm.weight), _twice(norm.bias), _side_by_side(input)
         return F.batch_norm(pairs, None, None, scale, shift, training=True, eps=norm.eps).view(input.shape)
 

@@ -100,7 +100,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
 def test_a_step_is_that_of_the_forwards_in_turn(device, faults):
-    paths = [*genotypes(3), twice(genotypes(1)[0]), genotypes(1)[0]]
+    paths = [*genotypes(2), twice(genotypes(1)[0]), genotypes(1)[0]]
     for one, other in zip(*(steps(device, paths, joint=joint, faults=faults) for joint in (True, False)), strict=True):
         for name in ("total", "clean", "faulty"):
             assert float(getattr(one[0], name)) == pytest.approx(float(getattr(other[0], name)), rel=1e-5)
@@ -161,7 +161,7 @@ def test_a_score_is_that_of_the_forwards_in_turn(device, faults):
                     partial(model, genotype=path), injection, [batch(device), batch(device, 4)],
                     alpha_r=0.5, draws=draws, first_draw=3, joint=joint,
                 )
-                for path in genotypes(4) for draws in (1, 2)
+                for path, draws in zip(genotypes(4), (1, 2, 1, 1), strict=True)
             ]  # fmt: skip
         found.append((scores, injection.record))
     assert found[0] == found[1]
@@ -530,7 +530,7 @@ def test_copies_lose_the_same_values_to_dropout():
     assert torch.allclose(*halves(logits), atol=1e-5)
 
 
-@pytest.mark.parametrize("faults", [FAULTS["features"], FAULTS["weights"], FAULTS["both"]], ids=str)
+@pytest.mark.parametrize("faults", [FAULTS["features"], FAULTS["both"]], ids=["features", "both"])
 def test_no_step_waits_for_a_value_and_all_ask_for_the_same(faults):
     script = Path(__file__).parent.parent / "scripts" / "count_operations.py"
     spec = importlib.util.spec_from_file_location("count_operations", script)
@@ -543,13 +543,13 @@ def test_no_step_waits_for_a_value_and_all_ask_for_the_same(faults):
             loss, path = FaultTolerantLoss(model, alpha_l=0.5, joint=joint), genotypes(1)[0]
             images, labels = torch.zeros(4, 3, 8, 8, device=device), torch.zeros(4, dtype=torch.int64, device=device)
             with injected(model, *faults) as injection:
-                for number in range(4):
+                forward, parameters = partial(model, genotype=path), list(model.parameters())
+                step = partial(loss.gradients, forward, injection, images, labels, parameters)
+                step()  # shows the features
+                for _ in range(2):
                     with counting.Operations().named() as operations:
-                        loss.gradients(
-                            partial(model, genotype=path), injection, images, labels, list(model.parameters())
-                        )
-                    if number > 1:  # the first shows the features, after the second their hits have been counted once
-                        seen.append(operations.seen)
+                        step()
+                    seen.append(operations.seen)
         assert seen[0] == seen[1]
         counts[joint] = operations.by_part()
     assert counts[True]["rounding"] < 0.6 * counts[False]["rounding"]

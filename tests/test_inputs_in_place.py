@@ -58,7 +58,7 @@ def test_bounds_see_a_copy(estimate):
 
 
 def test_single_faults_see_a_copy(images, tmp_path):  # noqa: F811
-    first, second = (run(tmp_path / str(n), images, net, exhaustive=True) for n, net in enumerate(both(64)))
+    first, second = (run(tmp_path / str(n), images, net, margin=0.03) for n, net in enumerate(both(64)))
     assert first == second and 0 < sum(record["changed"] for record in first)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_differences_are_students_over_runs(runs, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10_000 and (tmp_path / "curves.svg").exists()
 
 
-def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path):
+def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path, monkeypatch, capsys):
     path, lines = runs[0]
     other = write(tmp_path / "other", [line for line in lines if line["model"] == "found"])
     short = write(tmp_path / "short", [line for line in lines if line["train_seed"] == 0])
@@ -77,6 +78,8 @@ def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path):
         ([path, other], "res_net has no measurement under mibb"),
         ([path, short], "must agree in training seeds"),
     ]:
-        result = study(*arguments)
-        assert result.returncode == 2 and result.stderr.startswith("error: ") and message in result.stderr
-        assert result.stderr.count("\n") == 1
+        monkeypatch.setattr("sys.argv", [str(SCRIPT), *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        said = capsys.readouterr().err
+        assert left.value.code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1

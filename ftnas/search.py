@@ -136,7 +136,9 @@ class Search:
     def _check_joint(self, device: torch.device) -> None:
         if devices.is_readable(device):
             raise ValueError(f"search.joint_forwards is for GPUs, and this runs on {device}; set it to false")
-        obstacle = self.hardware.inject(self.supernet, seed=0, errors="soft").joint.obstacle()
+        masks = self.config.weights.mask_gradients
+        injection = self.hardware.inject(self.supernet, seed=0, errors="soft", mask_gradients=masks)
+        obstacle = injection.joint.obstacle()
         if obstacle is not None:
             raise ValueError(f"search.joint_forwards: {obstacle}; set it to false")
 

@@ -512,6 +512,36 @@ def test_weights_that_lie_otherwise(waiting, odd):
     assert torch.allclose(found[0], found[1], atol=1e-6)
 
 
+class Twice(nn.Module):
+    """Runs a layer twice, and says so by naming it twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.b(self.a(self.a(x)))
+
+    def running_layers(self, _x):
+        return "a", "a", "b"
+
+
+def test_layers_that_are_named_twice_are_counted_once(waiting):
+    model, x, records = Twice(), torch.randn(4, 3, 8, 8, generator=gen(4)), []
+    for joint in (True, False):
+        with injected(model) as injection, torch.no_grad(), injection.weights_shared():
+            for _ in range(2):  # the first shows what runs
+                if joint:
+                    with injection.joint.running():
+                        model(paired(x))
+                else:
+                    with injection.paused():
+                        model(x)
+                    model(x)
+        records.append(injection.record)
+    assert records[0] == records[1] and records[0].hits > 0
+
+
 def test_paused_faults_leave_no_faulty_half():
     model = linear()
     with injected(model) as injection, injection.weights_shared(), injection.joint.running():
@@ -652,9 +682,10 @@ TOLERANT = {"batch_size": 32, "lr": 0.1, "alpha_l": 0.5}
         ),
         ({"weights": {**TOLERANT, "compute": {"autocast": "bf16"}}}, "set weights.compute.autocast to tf32 or null"),
         ({"weights": UNTRAINED, "reward_draws": 2, "derive": {"draws": 2}}, "joint_forwards has no effect"),
+        ({"weights": {**TOLERANT, "mask_gradients": True}}, "search.joint_forwards: it does not know mask_gradients"),
         ({"fault": BUFFER}, "search.joint_forwards: faults must hit weights or feature points"),
     ],
-    ids=["channels_last", "fused_rounding", "bf16", "no effect", "buffers"],
+    ids=["channels_last", "fused_rounding", "bf16", "no effect", "masks", "buffers"],
 )
 def test_a_search_refuses_what_cannot_be_one(waiting, tiny, tmp_path, changes, message):  # noqa: F811
     with RunDir.create(tmp_path / "run", {}) as run, pytest.raises(ValueError, match=message):

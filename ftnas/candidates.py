@@ -154,14 +154,20 @@ class Candidates:
         self._pool, self._supernet, self._events = pool, supernet, events
         self._scorer = Scorer(supernet, hardware, joint=joint)
         self._job = pool.put(self._scorer)
-        self._version = self._number = 0
+        self._version = self._number = self._tried = self._failed = 0
+        self._reason = ""
         self._weights: Weights | None = None
         self._flat = FlatWeights(supernet)
 
     @contextlib.contextmanager
     def weights(self, seed: int) -> Iterator[None]:
-        """Take the supernet's weights as they are now, and the stream of fault draws, for the calls in the body."""
+        """Take the supernet's weights as they are now, and the stream of fault draws, for the calls in the body.
+
+        Raises:
+            RuntimeError: After the body, where every candidate failed: there is something wrong with more than one.
+        """
         self._version += 1
+        self._tried = self._failed = 0
         vector = None if self._pool.shares_memory else self._pool.put(self._flat.read())
         self._weights = Weights(self._version, seed, vector)
         try:
@@ -169,6 +175,8 @@ class Candidates:
         finally:
             self._weights = None
             self._scorer.close()
+        if self._tried and self._failed == self._tried:
+            raise RuntimeError(f"no candidate could be scored, all {self._tried} failed, the last with {self._reason}")
 
     def score(
         self, genotypes: Sequence[Genotype], batches: Batches, terms: Terms, *, done: Callable[[], None] = lambda: None
@@ -183,6 +191,10 @@ class Candidates:
 
         Returns:
             Scores in the order of the candidates. One that raises is in the events, with its reason, and scores 0.
+
+        Raises:
+            RuntimeError: One could not be scored for a reason of the machine (no memory left, workers that die), which
+                says nothing of the candidate.
         """
         assert self._weights is not None, "within `weights` only"
         self._number += 1
@@ -191,11 +203,20 @@ class Candidates:
         tasks = [Candidate(genotype.to_dict(), terms, self._weights, images) for genotype in distinct]
         scores: dict[Genotype, Score] = {}
         for genotype, result in zip(distinct, self._pool.map(self._job, tasks), strict=True):
+            if result.accident:
+                self._events("candidate_lost", reason=result.reason, genotype=genotype.to_dict())
+                raise RuntimeError(
+                    f"a candidate could not be scored, for no fault of its own: {result.reason}; see to the machine, "
+                    "or use fewer workers or threads; --resume goes on"
+                )
             scores[genotype] = result.value or Score(clean=0.0, faulty=0.0, reward=0.0)
+            self._tried += 1
             done()
             if not result.ok:
                 say(f"warning: a candidate failed and scores 0: {result.reason}")
                 self._events("candidate_failed", reason=result.reason, genotype=genotype.to_dict())
+                self._failed += 1
+                self._reason = result.reason
         return [scores[genotype] for genotype in genotypes]
 
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ftnas.shipped import find_file
+from ftnas.yaml_text import read_yaml
 
 
 def read_data(name_or_path: str | Path, overrides: Sequence[str] = (), *, folder: str) -> dict[str, Any]:
@@ -24,9 +23,9 @@ def read_data(name_or_path: str | Path, overrides: Sequence[str] = (), *, folder
     """
     path = find_file(name_or_path, folder, ".yaml", kind="config")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        data = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected keys and values, got {type(data).__name__}")
     data.pop("x-shared", None)
@@ -42,9 +41,9 @@ def _override(data: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ValueError(f"an override is written key.path=value, got {override!r}")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"{path}: the value is not valid YAML, got {text!r}") from None
+        value = read_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: the value {text!r} is {error}") from None
     section: Any = data
     for index, key in enumerate(keys):
         last = index == len(keys) - 1

@@ -18,6 +18,7 @@ from ftnas.derive import WINNER
 from ftnas.devices import compute_exactly
 from ftnas.models import ModelConfig, about, build_spec, check_logits, count, describe, load_factory, load_model
 from ftnas.parallel import SearchJob, check_ranks, search_on_ranks
+from ftnas.pool import num_threads
 from ftnas.progress import say
 from ftnas.protection import run_protection
 from ftnas.recipe import SgdConfig, StepSchedule
@@ -195,7 +196,8 @@ class Pipeline:
                     trainings, self.train_images, pool=self.config.pool, asha=stage.asha, folder=self.run.stage("train")
                 )
             else:
-                failures = train_in_turn(trainings, self.train_images)
+                with num_threads(self.config.pool.threads or torch.get_num_threads()):
+                    failures = train_in_turn(trainings, self.train_images)
         first = trainings[0].folder / MODEL
         if first.exists():
             _copy(first, self.run.stage("train").file(MODEL))
@@ -359,7 +361,12 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={name}: torch sees no CUDA device here; use device=cpu or auto")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device={name}: torch sees {torch.cuda.device_count()} here, from cuda:0 on")
+        torch.cuda.set_device(device)  # streams and graphs are of the current one
+    return device
 
 
 def bounded_images(data: DataConfig, bounds: ToleranceConfig) -> ImageSet:

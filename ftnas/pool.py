@@ -19,6 +19,8 @@ from pydantic import Field, model_validator
 from ftnas.settings import Settings
 
 Events = Callable[..., None]
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
+"""What torch's RuntimeError says where the CPU's memory is full."""
 T = TypeVar("T")
 R = TypeVar("R")
 T_co = TypeVar("T_co", covariant=True)
@@ -52,6 +54,10 @@ class PoolConfig(Settings):
         return self
 
 
+class LostError(RuntimeError):
+    """A task came to no end for a reason that is not its own: its worker died, or what it reads is lost."""
+
+
 class Box(ABC, Generic[T_co]):
     """A value that many tasks read: where there are workers, it travels to each of them once."""
 
@@ -78,6 +84,12 @@ class Result(Generic[R]):
     def ok(self) -> bool:
         """Whether there is a value."""
         return self.error is None
+
+    @property
+    def accident(self) -> bool:
+        """Whether it failed for a reason of the machine, so that it may well be done another time."""
+        kinds = (LostError, MemoryError, torch.OutOfMemoryError)
+        return isinstance(self.error, kinds) or any(words in str(self.error) for words in _NO_MEMORY)
 
     @property
     def reason(self) -> str:
@@ -160,7 +172,7 @@ class InProcess(Pool):
 def attempt(job: Callable[[T], R], task: T, *, threads: int) -> Result[R]:
     """Do one task on that many threads of torch; an exception becomes part of the result."""
     try:
-        with _num_threads(threads):
+        with num_threads(threads):
             return Result(job(task), pid=os.getpid())
     except Exception as error:
         return Result(None, _portable(error), os.getpid())
@@ -176,7 +188,8 @@ def _portable(error: Exception) -> Exception:
 
 
 @contextlib.contextmanager
-def _num_threads(number: int) -> Iterator[None]:
+def num_threads(number: int) -> Iterator[None]:
+    """Run the body on that many threads of torch."""
     before = torch.get_num_threads()
     if number == before:
         yield

@@ -27,13 +27,13 @@ BF16_BITS = 8
 
 
 class Bounded(Settings):
-    """A range that is given: values beyond ``bound`` are clipped to the format's limits."""
+    """A range that is given: values beyond the grid, which ends at the next power of two, are clipped to its limits."""
 
     bound: Annotated[float, Field(ge=SMALLEST_RANGE, le=2.0**64)]
 
 
 class Frozen(Settings):
-    """A fraction length that was found once, by calibration; what hardware deploys."""
+    """A fraction length that was found once, the same for all tensors of a kind, as a Qm.n format has it."""
 
     fraction_length: int = Field(ge=-64, le=64)
 

@@ -82,11 +82,11 @@ class Search:
         title: str = "search",
         ranks: Ranks | None = None,
     ) -> None:
-        check_alpha(config.weights.alpha_l, hardware, "search.weights.alpha_l")
-        check_alpha(config.alpha_r, hardware, "search.alpha_r")
-        config.weights.compute.check(hardware.formats(), "search.weights.compute")
+        check_alpha(config.weights.alpha_l, hardware, f"{title}.weights.alpha_l")
+        check_alpha(config.alpha_r, hardware, f"{title}.alpha_r")
+        config.weights.compute.check(hardware.formats(), f"{title}.weights.compute")
         config.weights.compute.check_device(
-            weights_images.device, "search.weights.compute", obstacle="each here trains another path"
+            weights_images.device, f"{title}.weights.compute", obstacle="each here trains another path"
         )
         self.config = config
         self.hardware = hardware
@@ -99,12 +99,12 @@ class Search:
         self._title = title
         self._ranks = ranks or Ranks()
         if self._ranks.size != config.ranks:
-            raise ValueError(f"search.ranks={config.ranks}, and {self._ranks.size} take part; use ftnas.parallel")
+            raise ValueError(f"{title}.ranks={config.ranks}, and {self._ranks.size} take part; use ftnas.parallel")
         self._num_steps = weights_images.num_images // (config.weights.batch_size * config.ranks)
         if self._num_steps == 0:
-            times = f" times search.ranks={config.ranks}" if config.ranks > 1 else ""
+            times = f" times {title}.ranks={config.ranks}" if config.ranks > 1 else ""
             raise ValueError(
-                f"search.weights.batch_size={config.weights.batch_size}{times} is above the "
+                f"{title}.weights.batch_size={config.weights.batch_size}{times} is above the "
                 f"{weights_images.num_images} images of the weights split"
             )
         device = weights_images.device
@@ -129,18 +129,18 @@ class Search:
         self._batch = config.controller_batch or config.weights.batch_size
         self._passes = num_scored(controller_images.num_images, self._batch)
         if self._passes == 0:
-            raise ValueError("search.split leaves one image for rewards, and batch statistics need more; lower it")
+            raise ValueError(f"{title}.split leaves one image for rewards, and batch statistics need more; lower it")
         self._num_updates = config.controller_steps or self._passes
         self._best: Genotype | None = None  # of the last controller epoch
 
     def _check_joint(self, device: torch.device) -> None:
         if devices.is_readable(device):
-            raise ValueError(f"search.joint_forwards is for GPUs, and this runs on {device}; set it to false")
+            raise ValueError(f"{self._title}.joint_forwards is for GPUs, and this runs on {device}; set it to false")
         masks = self.config.weights.mask_gradients
         injection = self.hardware.inject(self.supernet, seed=0, errors="soft", mask_gradients=masks)
         obstacle = injection.joint.obstacle()
         if obstacle is not None:
-            raise ValueError(f"search.joint_forwards: {obstacle}; set it to false")
+            raise ValueError(f"{self._title}.joint_forwards: {obstacle}; set it to false")
 
     def run(self) -> Genotype:
         """Search, derive and return the winner; what is done already is not done again."""
@@ -218,7 +218,8 @@ class Search:
             drop_last=True,
             share=(ranks.rank, ranks.size),
         )
-        with injection, config.compute.steps():
+        # primitives of the user's own may draw from the global generator, as nn.Dropout does
+        with injection, config.compute.steps(), isolated(self._seed, "weights", epoch, ranks.rank):
             parameters = list(self.supernet.parameters())
             sides = parts_of_a_step(self.supernet, graphed=False)
             for index, ((x, y), genotype) in enumerate(zip(batches, genotypes, strict=True)):

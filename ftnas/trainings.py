@@ -174,7 +174,7 @@ def fit_by_rate_protocol(
 
     Returns:
         The network and the hardware at the rate that was kept: the largest that passed, or the smallest when none did
-        (which the folder's events and the accuracy itself show).
+        (which is said, and the folder's events show).
 
     Raises:
         DivergedError: None passed, and the smallest diverged.
@@ -206,6 +206,11 @@ def fit_by_rate_protocol(
         folder.events("rate_protocol", rate=rate, clean_accuracy=accuracy, passed=passed)
         if passed:
             break
+    else:
+        say(
+            f"warning: {title}: no rate of rate_protocol passes rate_threshold={config.rate_threshold:g}; the "
+            f"smallest, {rates[-1]:g}, is kept, with a clean accuracy of {accuracy:.1%}"
+        )
     return model, at_rate
 
 

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 
 from ftnas.data import ImageSet, load
+from ftnas.devices import compute_exactly
 from ftnas.heap import keep_memory
 from ftnas.pool import PoolConfig, attempt
 from ftnas.progress import say, track
@@ -112,6 +113,7 @@ class _Work:
         if Path(self.cwd).is_dir():
             os.chdir(self.cwd)
         keep_memory()
+        compute_exactly()
         torch.set_num_threads(self.threads)
         folder = training.folder if training.rate is None else training.folder / rate_folder(training.rate)
         folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ftnas.heap import keep_memory
-from ftnas.pool import Box, Events, InProcess, Pool, PoolConfig, R, Result, T, attempt
+from ftnas.pool import Box, Events, InProcess, LostError, Pool, PoolConfig, R, Result, T, attempt
 from ftnas.progress import say
 
 IN_FLIGHT = 2
@@ -169,11 +169,11 @@ class RayPool(Pool):
             call.lost += 1
             if call.lost < ATTEMPTS:
                 return None
-            return Result(None, RuntimeError(f"its worker died {ATTEMPTS} times"))
+            return Result(None, LostError(f"its worker died {ATTEMPTS} times"))
         except self._ray.exceptions.RayTaskError as error:  # e.g. the job cannot be read there
             return Result(None, RuntimeError(f"{type(error.cause).__name__}: {error.cause}"))
         except self._ray.exceptions.RayError as error:  # e.g. what it reads is lost, or the machine has no memory left
-            return Result(None, RuntimeError(str(error).splitlines()[0]))
+            return Result(None, LostError(str(error).splitlines()[0]))
         self._note(call.place, result.pid)
         return result
 

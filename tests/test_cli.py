@@ -200,6 +200,9 @@ def file_mistakes(tmp_path, finished):
     broken = write(tmp_path / "broken.yaml", "version: [1")
     yield ["run", broken], "not valid YAML"
     yield ["run", write(tmp_path / "list.yaml", "- 1")], "expected keys and values"
+    twice = write(tmp_path / "twice.yaml", "version: 1\nname: a\ndata: {name: digits}\nname: b\n")
+    yield ["run", twice], "not valid YAML: key 'name' is given twice (line 4, column 1)"
+    yield ["run", "quickstart", "train.recipe={epochs: 1, epochs: 2}"], "key 'epochs' is given twice"
     yield ["run", write(tmp_path / "bare.yaml", {"version": 1, "name": "bare"})], "data: required"
     genotype = write(tmp_path / "genotype.json", '{"version": 1, "normal": {"2": [["skip", 7], ["skip", 0]]}}')
     models = {"net": {"genotype": str(genotype), "space": "small-8x8"}}

@@ -296,6 +296,32 @@ def test_a_node_with_an_activation_function_in_place(read, training):
                 assert torch.equal(answers, model(X))
 
 
+# What is left as it is
+
+
+def test_layers_that_faults_do_not_know_are_named():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.ConvTranspose2d(1, 2, 2)
+            self.attention = nn.MultiheadAttention(4, 2)
+            self.last = nn.Linear(4, 2)
+
+        def forward(self, images):
+            tokens = self.up(images).flatten(2)[..., :4]
+            return self.last(self.attention(tokens, tokens, tokens)[0])
+
+    with pytest.warns(
+        UserWarning, match=r"^up \(ConvTranspose2d\), attention \(MultiheadAttention\): neither quantized"
+    ):
+        inject(Attends(), quantization=FixedPoint(bits=8))
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match=r"'up' matches no layer.*Conv2d and Linear layers alone"),
+    ):
+        inject(Attends(), LogNormalVariation(sigma=0.1), layers="up")
+
+
 # Formats
 
 

@@ -14,8 +14,16 @@ from scipy import stats
 from torch import nn
 
 from ftnas import inject
-from ftnas.faults import LogNormalVariation, NeuronByzantine, NeuronCrash, Plan, ReciprocalNormalVariation
+from ftnas.faults import (
+    LogNormalVariation,
+    NeuronByzantine,
+    NeuronCrash,
+    Plan,
+    ReciprocalNormalVariation,
+    WeightBitFlip,
+)
 from ftnas.faults.variation import FLOOR
+from ftnas.quantize import FixedPoint
 
 SHAPE = (3, 4, 5, 6)
 VARIED = [LogNormalVariation(sigma=0.5), ReciprocalNormalVariation(sigma=0.5)]
@@ -101,6 +109,16 @@ def test_a_dead_channel_of_a_device_is_dead_in_every_sample():
 
 
 # Variation
+@pytest.mark.parametrize("fault", VARIED, ids=lambda fault: fault.name)
+def test_weights_that_vary_are_held_as_on_all_rram(fault):
+    model = nn.Linear(4, 1, bias=False).eval()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[-1.0, 0.5, 0.25, 0.1]]))
+    tiny = fault.model_copy(update={"sigma": 0.0})
+    with inject(model, tiny, quantization=FixedPoint(bits=8)), torch.no_grad():
+        assert float(model(torch.eye(4)).min()) == -127 / 128  # two crossbars hold no -128
+    with pytest.raises(ValueError, match="need weights in different formats: .*variation, weight_bit_flip"):
+        inject(model, fault, WeightBitFlip(bit_error_rate=0.1), quantization=FixedPoint(bits=8))
 
 
 @pytest.mark.parametrize("fault", VARIED, ids=lambda fault: fault.name)

@@ -22,7 +22,7 @@ from test_search import space as space  # the fixture
 from ftnas.campaign import CampaignConfig, run_campaign
 from ftnas.candidates import Candidates, FlatWeights, Terms
 from ftnas.faults.hardware import Hardware
-from ftnas.pool import PoolConfig
+from ftnas.pool import LostError, PoolConfig
 from ftnas.rundir import RunDir
 from ftnas.space import Genotype
 from ftnas.workers import AHEAD, open_pool, start_ray
@@ -117,6 +117,35 @@ def test_a_candidate_that_raises_is_a_recorded_failure(setting, ray_started, kin
     failures = [fields for event, fields in setting.events if event == "candidate_failed"]
     assert len(failures) == 1 and "conv_9x9" in failures[0]["reason"]
     assert failures[0]["genotype"] == bad.to_dict()
+    with (
+        setting.open(CONFIGS[kind]) as pool,
+        pytest.raises(RuntimeError, match="no candidate could be scored, all 1 failed, the last with .*conv_9x9"),
+        pool.weights(7),
+    ):
+        pool.score([bad, bad], setting.batches, terms)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        LostError("its worker died 3 times"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_an_accident_of_the_machine_is_no_score(setting, monkeypatch, error):
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr("ftnas.candidates.score", broken)
+    with (
+        setting.open(CONFIGS["in process"]) as pool,
+        pytest.raises(RuntimeError, match="a candidate could not be scored, for no fault of its own: .*--resume"),
+        pool.weights(7),
+    ):
+        pool.score(setting.genotypes, setting.batches, Terms(alpha_r=0.5))
+    assert [event for event, _ in setting.events if event != "pool_started"] == ["candidate_lost"]
 
 
 def run_search(space, path, pool, **changes):
@@ -281,7 +310,7 @@ def test_a_task_whose_worker_dies_is_made_again_though_all_after_it_are_done(ray
 
     with open_pool(CONFIGS["ray"], events=lambda *_, **__: None) as pool:
         results = list(pool.map(pool.put(job), range(3 * AHEAD)))
-    assert results[0].reason.endswith("its worker died 3 times")
+    assert results[0].reason.endswith("its worker died 3 times") and results[0].accident
     assert [result.value for result in results[1:]] == list(range(1, 3 * AHEAD))
 
 

@@ -301,7 +301,7 @@ def test_wrong_settings_are_refused(space, tmp_path, changes, message):
 
 def test_a_search_in_which_nothing_can_be_scored_names_no_winner(space, tmp_path, monkeypatch):
     def broken(*_, **__):
-        raise RuntimeError("out of memory")
+        raise RuntimeError("too small for its kernel")
 
     monkeypatch.setattr("ftnas.candidates.score", broken)
     with RunDir.create(tmp_path / "run", {}) as run:
@@ -350,3 +350,28 @@ def test_a_last_batch_of_one_image_is_left_out(space, tmp_path):
 def test_settings_without_effect_are_refused_at_the_start(space, tmp_path, changes, message):
     with RunDir.create(tmp_path / "run", {}) as run, pytest.raises(ValueError, match=message):
         make_search(space, run.stage("search"), **changes)
+
+
+def test_a_primitive_that_draws_by_itself_draws_the_same_in_every_run(tmp_path, monkeypatch):
+    (tmp_path / "drawing_primitives.py").write_text(
+        "from torch import nn\n\n\ndef drop(*, in_channels, out_channels, stride, affine):\n"
+        "    conv = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)\n"
+        "    return nn.Sequential(conv, nn.BatchNorm2d(out_channels, affine=affine), nn.Dropout(0.3))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "drawing.yaml"
+    path.write_text(yaml.safe_dump({**SPACE, "primitives": ["drawing_primitives:drop", "skip"]}))
+    found = []
+    for name in ("one", "two"):
+        torch.rand(len(found) + 1)  # whatever was drawn before
+        with RunDir.create(tmp_path / name, {}) as run:
+            make_search(path, run.stage("search")).run()
+        found.append(contents(tmp_path / name / "search"))
+    with RunDir.create(tmp_path / "cut", {}) as run:
+        search = make_search(path, run.stage("search"))
+        monkeypatch.setattr(search, "_controller_epoch", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            search.run()
+        make_search(path, run.stage("search")).run()
+    assert found[0] == found[1] == contents(tmp_path / "cut" / "search")
+    sys.modules.pop("drawing_primitives", None)

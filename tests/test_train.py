@@ -169,7 +169,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(images, tmp_path):
             fit(small_net(), images, config=recipe(epochs=2), hardware=HARDWARE, seed=1, folder=run)
 
 
-def test_rate_protocol_keeps_the_largest_rate_that_passes(images, tmp_path):
+def test_rate_protocol_keeps_the_largest_rate_that_passes(images, tmp_path, capsys):
     split = (torch.arange(96), torch.arange(96, 128))
     for threshold, kept in ((0.0, 0.02), (0.999, 0.001)):
         config = recipe(epochs=1, rate_protocol=(0.001, 0.02), rate_threshold=threshold)
@@ -178,6 +178,10 @@ def test_rate_protocol_keeps_the_largest_rate_that_passes(images, tmp_path):
                 small_net, images, config=config, hardware=HARDWARE, split=split, seed=0, folder=run
             )
         assert hardware.fault.mac_error_rate == kept
+        warned = capsys.readouterr().err
+        assert ("no rate of rate_protocol passes rate_threshold=0.999; the smallest, 0.001, is kept" in warned) == (
+            threshold == 0.999
+        )
 
 
 def test_a_rate_that_diverges_does_not_pass(images, tmp_path, monkeypatch, capsys):

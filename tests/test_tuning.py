@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_cli import ftnas
 
 from ftnas import tuning
@@ -25,6 +26,8 @@ class Net(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(inputs, 8, 3, padding=1)
         self.head = nn.Linear(8, classes)
+        cudnn = torch.backends.cudnn  # as this process would compute on a GPU
+        self.register_buffer("how", torch.tensor([cudnn.allow_tf32, cudnn.deterministic]))
     def forward(self, images):
         return self.head(self.conv(images).relu().mean((2, 3)))
 
@@ -121,6 +124,8 @@ def test_workers_give_the_same_models_although_one_is_killed(in_turn, setting, c
     check_failed(run, capsys)
     assert (setting / "once").exists()
     assert models(run) == models(in_turn[0])
+    how = torch.load(run / "train/good/seed-0/model.pt", weights_only=True)["state"]["how"]
+    assert how.tolist() == [False, True]
     history = (run / "train/killed/seed-0/epochs.jsonl").read_bytes()
     assert history == (in_turn[0] / "train/killed/seed-0/epochs.jsonl").read_bytes()
     started = next(event for event in events(run / "train") if event["kind"] == "trials_started")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Literal
 
@@ -13,7 +14,7 @@ from ftnas.faults.injection import Injection
 from ftnas.faults.outage import NodeDown, Outages
 from ftnas.faults.place import Protect, check, check_bounds, check_words, place, weight_format
 from ftnas.faults.plans import PlanSet
-from ftnas.faults.select import Layers, find_layers
+from ftnas.faults.select import KNOWN, Layers, find_layers, unknown_layers
 from ftnas.quantize import FixedPoint, Quantization
 
 Errors = Literal["soft", "hard"]
@@ -36,8 +37,9 @@ def inject(
     """Put faults and fixed point into a model, inside a ``with`` block.
 
     Every Conv2d and Linear weight and every feature point (the output of a Conv2d or Linear, after the BatchNorm that
-    alone consumes it) is quantized; the faults act on those of the selected layers. On leaving the block, by an
-    exception too, the model is what it was, bit for bit.
+    alone consumes it) is quantized; the faults act on those of the selected layers. Other layers with weights (Conv1d,
+    ConvTranspose2d, in_proj of attention, ...) are left as they are, which a warning says. On leaving the block, by
+    an exception too, the model is what it was, bit for bit.
 
     Args:
         model: Any module with Conv2d or Linear layers. Call the model itself inside the block, not its parts.
@@ -73,6 +75,9 @@ def inject(
     candidates = find_layers(model)
     if not candidates:
         raise ValueError(f"{type(model).__name__} has no Conv2d or Linear layer to quantize or to fault")
+    if unknown := unknown_layers(model):
+        listed = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        warnings.warn(f"{listed}: neither quantized nor hit, {KNOWN}", stacklevel=2)
     if plans is not None:
         plans.check_layers(candidates)
     placed = place(faults, candidates, layers, protect)

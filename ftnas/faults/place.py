@@ -117,7 +117,8 @@ def weight_format(given: FixedPoint | None, faults: Sequence[Fault]) -> FixedPoi
         ValueError: Two fault models whose hardware differs.
     """
     owners = [fault for fault in faults if fault.target == "weight" and fault.encoding is not None]
-    formats = {fault.weight_format(given): fault.name for fault in owners}
+    asked = {fault.weight_format(given): fault.name for fault in owners}
+    formats = {form: name for form, name in asked.items() if form is not None}
     if len(formats) > 1:
         names = ", ".join(sorted({fault.name for fault in owners}))
         raise ValueError(f"these faults need weights in different formats: {names}; inject them one at a time")

@@ -16,6 +16,18 @@ LAYER_TYPES = (nn.Conv2d, nn.Linear)
 TYPE_NAMES: dict[str, type[nn.Module]] = {"conv2d": nn.Conv2d, "linear": nn.Linear}
 _NAME = "name:"
 
+KNOWN = "faults know Conv2d and Linear layers alone"
+_UNKNOWN = (
+    nn.modules.conv._ConvNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+)
+"""Layers of torch with matrices of weights that are neither quantized nor hit."""
+
 Predicate = Callable[[str, nn.Module], bool]
 Layers = str | Predicate | Sequence[str | Predicate] | None
 
@@ -23,6 +35,15 @@ Layers = str | Predicate | Sequence[str | Predicate] | None
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return every Conv2d and Linear of a model by name, each module once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)}
+
+
+def unknown_layers(model: nn.Module) -> list[str]:
+    """Return the layers with matrices of weights that no injection reaches, as ``name (type)``."""
+    return [
+        f"{name or 'the model'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, _UNKNOWN) and not isinstance(module, LAYER_TYPES)
+    ]
 
 
 def select_layers(candidates: Mapping[str, nn.Module], layers: Layers) -> frozenset[str]:
@@ -58,7 +79,7 @@ def select_layers(candidates: Mapping[str, nn.Module], layers: Layers) -> frozen
             if str(selector).lower() in TYPE_NAMES:
                 hint = f"the model has none of that type; there is: {', '.join(types) or 'nothing'}"
             else:
-                hint = did_you_mean(str(selector), [*map(exactly, candidates), *types])
+                hint = did_you_mean(str(selector), [*map(exactly, candidates), *types]) + f" ({KNOWN})"
             raise ValueError(f"layers={selector!r} matches no layer; {hint}")
         chosen |= matched
     if not chosen:

@@ -28,6 +28,7 @@ class _Variation(Fault):
     target: ClassVar[Literal["weight", "feature"]] = "weight"
     rate_name: ClassVar[str] = "sigma"
     needs_quantization: ClassVar[bool] = False
+    encoding: ClassVar[Literal["twos_complement", "sign_magnitude"] | None] = "sign_magnitude"
 
     @model_validator(mode="after")
     def _no_rate(self) -> Self:

@@ -25,6 +25,7 @@ from ftnas.pipeline import Pipeline, pick_device
 from ftnas.rng import seed_for
 from ftnas.rundir import RunDir
 from ftnas.space import load_space, space_names
+from ftnas.storage import read_journal
 from ftnas.trainings import MODEL
 
 DONE = "done.json"
@@ -193,7 +194,7 @@ def train(job: Job) -> None:
         stage = config.train.model_copy(update={"models": {job.model: model}})
         config = config.model_copy(update={"train": stage})
     config = config.model_copy(update={"search": None, "control": None, "campaign": None})
-    with _opened(job.folder, config.model_dump(mode="json")) as run, _timed(run):
+    with _opened(job.folder, config.model_dump(mode="json")) as run, _timed(run, config.pool.workers):
         Pipeline(config, run).train()
         run.write_json(DONE, {"model": job.model, "seed": job.seed})
 
@@ -295,13 +296,21 @@ def finished(job: Job, measurements: Sequence[Measurement]) -> bool:
 
 
 def cost(folder: Path) -> dict[str, Any]:
-    """Return ``cpu_s`` and ``wall_s`` of all processes that worked at a run folder, its ``machines`` and ``commit``."""
+    """Return ``cpu_s`` and ``wall_s`` of all processes that worked at a run folder, its ``machines`` and ``commit``.
+
+    Where there were workers of Ray, the time of the process that started them is all that is known (``is_all`` false).
+    """
     path = folder / "events.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = read_journal(path)[0] if path.exists() else []  # without a last line that was cut
     spent = [line for line in lines if line["kind"] == "spent"]
     total = {name: round(sum(line[name] for line in spent), 1) for name in ("cpu_s", "wall_s")}
     info = json.loads((folder / "run.json").read_text(encoding="utf-8")) if spent else {}
-    return {**total, "machines": sorted({line["machine"] for line in spent}), "commit": info.get("commit")}
+    return {
+        **total,
+        "is_all": not any(line.get("workers") for line in spent),
+        "machines": sorted({line["machine"] for line in spent}),
+        "commit": info.get("commit"),
+    }
 
 
 def digest_in(folder: Path, name: str) -> str | None:
@@ -327,13 +336,13 @@ def _open_or_create(path: Path, plain: dict[str, Any]) -> RunDir:
 
 
 @contextmanager
-def _timed(run: RunDir) -> Iterator[None]:
+def _timed(run: RunDir, workers: int = 0) -> Iterator[None]:
     cpu, wall = time.process_time(), time.monotonic()
     try:
         yield
     finally:
         spent = {"cpu_s": round(time.process_time() - cpu, 2), "wall_s": round(time.monotonic() - wall, 2)}
-        run.events("spent", **spent, machine=machine())
+        run.events("spent", **spent, machine=machine(), workers=workers)
 
 
 def machine() -> str:

@@ -237,4 +237,5 @@ def total_cost(planned: Sequence[Planned], earlier: Mapping[str, Run]) -> Cost:
     seconds += sum(run.train_cpu_s + (run.measure_cpu_s or 0.0) for run in taken.values())
     machines = {name for found in spent for name in found["machines"]}
     machines |= {name for run in taken.values() for name in run.machines}
-    return Cost(seconds, all(run.measure_cpu_s is not None for run in taken.values()), sorted(machines) or [machine()])
+    is_all = all(run.measure_cpu_s is not None for run in taken.values()) and all(found["is_all"] for found in spent)
+    return Cost(seconds, is_all, sorted(machines) or [machine()])

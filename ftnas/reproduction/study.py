@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from ftnas.campaign import SweepConfig
@@ -18,6 +17,7 @@ from ftnas.rng import generator
 from ftnas.settings import Count, Positive, Settings, did_you_mean, parse
 from ftnas.shipped import find_file, shipped_names
 from ftnas.space import Genotype, load_space
+from ftnas.yaml_text import read_yaml
 
 FOLDER = "configs/reproduction"
 SCALES = ("small", "full")
@@ -274,9 +274,9 @@ def read_published() -> dict[str, PublishedTable]:
 def _read(name: str | Path, *, kind: str) -> Any:
     path = find_file(name, FOLDER, ".yaml", kind=kind)
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        return read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def rates_at(sweep: StudySweep, scale: str, rates: Sequence[float]) -> tuple[float, ...]:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from ftnas.settings import Count, Positive, Settings, did_you_mean, parse
 from ftnas.shipped import find_file, shipped_names
 from ftnas.space.ops import NONE, PRIMITIVES, SKIP, check_primitive, module_label
+from ftnas.yaml_text import read_yaml
 
 FOLDER = "search_spaces"
 VERSION = 1
@@ -196,9 +196,9 @@ def load_space(name_or_path: str | Path) -> Space:
     """
     path = find_file(name_or_path, FOLDER, ".yaml", kind="search space")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"search space {str(path)!r}: not readable as YAML: {' '.join(str(error).split())}") from None
+        data = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"search space {str(path)!r}: {error}") from None
     space = parse(Space, data, where=f"search space {str(name_or_path)!r}")
     for name in space.imported_primitives:
         check_primitive(name)

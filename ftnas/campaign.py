@@ -1,13 +1,14 @@
-"""Fixed-rate campaigns: models x fault models x rates x devices -> one record each, resumable by key."""
+"""Fixed-rate campaigns: models x fault models x rates x devices, known ones too -> a record each, resumable by key."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import tee
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from ftnas.data import ImageSet
 from ftnas.evaluate import answers
-from ftnas.faults.hardware import AnyFault, Hardware
-from ftnas.faults.inject import Errors
+from ftnas.faults.hardware import AnyFault, Hardware, device_label, load_device
+from ftnas.faults.inject import Errors, inject
+from ftnas.faults.injection import Injection
+from ftnas.faults.plans import PlanSet
 from ftnas.models import Complexity, about
 from ftnas.pool import Box, InProcess, Pool
 from ftnas.progress import track
@@ -59,12 +62,71 @@ class SweepConfig(Settings):
         """What records and tables call the sweep."""
         return self.name or self.fault.name
 
+    @property
+    def rate_name(self) -> str:
+        """What its rates are of."""
+        return self.fault.rate_name
+
+    def under(
+        self, hardware: Hardware, model: nn.Module, rate: float, *, seed: int, errors: Errors | None = None
+    ) -> Injection:
+        """Put the fault model at a rate under a model."""
+        also = self.also if rate else [fault.with_rate(0.0) for fault in self.also]
+        return hardware.with_fault(self.fault.with_rate(rate), *also).inject(model, seed=seed, errors=errors)
+
+
+@dataclass(frozen=True, eq=False)
+class KnownDevice:
+    """A device whose faults are known, in place of a sweep: its one rate is the share of units that are hit.
+
+    Attributes:
+        label: What records and tables call it.
+        plans: Its faults.
+    """
+
+    label: str
+    plans: PlanSet
+
+    rate_name: ClassVar[str] = "share_of_units_hit"
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The share of units that are hit, 0 where there are none."""
+        units = sum(plan.population for plan in self.plans.plans.values())
+        return (self.plans.hits() / max(1, units),)
+
+    @contextmanager
+    def under(self, hardware: Hardware, model: nn.Module, rate: float, **_: Any) -> Iterator[Injection]:
+        """Put the device under a model; at rate 0 nothing of it fails."""
+        with inject(model, plans=self.plans, quantization=hardware.quantization) as injection:
+            if rate:
+                yield injection
+            else:
+                with injection.paused():
+                    yield injection
+
+
+def known_devices(files: Sequence[str]) -> list[KnownDevice]:
+    """Read the devices of ``campaign.defects``.
+
+    Raises:
+        ValueError: One line: no such file, it is no device, or no fault of it hits anything.
+    """
+    found = []
+    for file in files:
+        device = KnownDevice(device_label(file), load_device(file))
+        if not device.plans.hits():
+            raise ValueError(f"campaign.defects: nothing of {file} fails, so that it has no effect; remove it")
+        found.append(device)
+    return found
+
 
 class CampaignConfig(Settings):
     """What to measure.
 
     Attributes:
         sweeps: Fault models and rates.
+        defects: Files of known devices (defect maps or plans), on each of which every model is measured too.
         devices: Devices per rate; a device is a seed, common to all models. With ``half_width`` the most there are.
         half_width: Stop a point early, after at least 20 devices, once its 95% Student interval over the devices is at
             most this far to each side (accuracy in [0, 1]); None measures all devices.
@@ -75,7 +137,8 @@ class CampaignConfig(Settings):
         errors: ``hard`` or ``soft``; None: hard for weights, soft for features.
     """
 
-    sweeps: tuple[SweepConfig, ...] = Field(min_length=1)
+    sweeps: tuple[SweepConfig, ...] = ()
+    defects: tuple[str, ...] = ()
     devices: Count = 10
     half_width: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     interval: Literal["student", "bootstrap"] = "student"
@@ -85,10 +148,13 @@ class CampaignConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> CampaignConfig:
-        labels = [sweep.label for sweep in self.sweeps]
+        if not self.sweeps and not self.defects:
+            raise ValueError("a campaign measures sweeps or defects (known devices), and there is neither")
+        labels = [*(sweep.label for sweep in self.sweeps), *map(device_label, self.defects)]
         for label in labels:
             if labels.count(label) > 1:
-                raise ValueError(f"two sweeps are called {label!r}; give one of them another name")
+                what = "files of defects" if label not in labels[: len(self.sweeps)] else "sweeps"
+                raise ValueError(f"two {what} are called {label!r}; give one of them another name")
         if self.half_width is not None and self.devices <= MIN_DEVICES:
             raise ValueError(
                 f"half_width stops after {MIN_DEVICES} devices at the earliest, so that with devices={self.devices} it "
@@ -125,7 +191,7 @@ class Subject:
 class Point(NamedTuple):
     """One record to be made; ``device`` is None at rate 0."""
 
-    sweep: SweepConfig
+    sweep: SweepConfig | KnownDevice
     rate: float
     device: int | None
 
@@ -171,7 +237,7 @@ def run_campaign(
         _key_of(record, f"{journal.path}: record {n}"): read_record(record, f"{journal.path}: record {n}").accuracy
         for n, record in enumerate(journal.records(), start=1)
     }
-    grid = list(_grid(config))
+    grid = list(_grid(config, known_devices(config.defects)))
     measured = sum(point.key(subject) in done for subject in subjects for point in grid)
     shared = pool.put(images)
     with track("campaign", len(grid) * len(subjects), done=measured) as progress:
@@ -226,12 +292,15 @@ def _settled(
     return len(before) >= MIN_DEVICES and enough([done[p.key(subject)] for p in before], half_width=config.half_width)
 
 
-def _grid(config: CampaignConfig) -> Iterator[Point]:
+def _grid(config: CampaignConfig, known: Sequence[KnownDevice]) -> Iterator[Point]:
     for sweep in config.sweeps:
         yield Point(sweep, 0.0, None)
         for rate in sorted(set(sweep.rates)):
             for device in range(config.devices):
                 yield Point(sweep, rate, device)
+    for chip in known:
+        yield Point(chip, 0.0, None)
+        yield Point(chip, chip.rates[0], 0)
 
 
 def _key_of(record: dict[str, Any], where: str) -> tuple[Any, ...]:
@@ -265,11 +334,12 @@ class Measure:
     def __call__(self, point: Point) -> dict[str, Any]:
         """Return the record of a point."""
         sweep = point.sweep
-        also = sweep.also if point.rate else [fault.with_rate(0.0) for fault in sweep.also]
-        under = self.hardware.with_fault(sweep.fault.with_rate(point.rate), *also)
         device_seed = seed_for(self.seed, "device", point.device or 0)
         name, errors = self.identity["model"], self.config.errors
-        with about(name), under.inject(self.model, seed=device_seed, errors=errors) as injection:
+        with (
+            about(name),
+            sweep.under(self.hardware, self.model, point.rate, seed=device_seed, errors=errors) as injection,
+        ):
             found = answers(self.model, self.images.get().batches(self.config.batch_size))
         record, correct = injection.record, found.correct
         size = {name: self.identity[name] for name in ("flops", "params")}
@@ -277,7 +347,7 @@ class Measure:
             "schema": SCHEMA,
             **{name: self.identity[name] for name in ("model", "train_seed", "training")},
             "fault": sweep.label,
-            "rate_name": sweep.fault.rate_name,
+            "rate_name": sweep.rate_name,
             "rate": point.rate,
             "device": point.device,
             "accuracy": float(correct.double().mean()),

@@ -32,7 +32,7 @@ EXAMPLES = {
     "search": ("quickstart", "quickstart seed=3 search.controller.lr=0.01 --out runs/third"),
     "train": ("train-resnet18-adsaf data.download=true", "quickstart 'train.models={net: {baseline: resnet20}}'"),
     "campaign": ("--resume runs/quickstart", "my-models.yaml campaign.devices=30"),
-    "bounds": ("--resume runs/tolerance", "my-bounds.yaml bounds.images=200"),
+    "bounds": ("--resume runs/tolerance", "my-models.yaml bounds.images=200"),
 }
 
 

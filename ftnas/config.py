@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ftnas.campaign import CampaignConfig
 from ftnas.data import DataConfig
-from ftnas.faults.hardware import Hardware
+from ftnas.faults.hardware import Hardware, check_alpha
 from ftnas.models import ModelConfig
 from ftnas.overrides import read_data
 from ftnas.pool import PoolConfig
@@ -21,7 +21,6 @@ from ftnas.settings import Settings, parse
 from ftnas.shipped import shipped_names
 from ftnas.single import SingleFaultConfig
 from ftnas.tolerance import TABLE, ToleranceConfig
-from ftnas.train import check_alpha
 from ftnas.trainings import MODEL
 from ftnas.tuning import TUNE, AshaConfig
 

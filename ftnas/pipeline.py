@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,16 +11,17 @@ from pathlib import Path
 import torch
 
 from ftnas.campaign import Subject, run_campaign
-from ftnas.config import SEARCHES, RunConfig
+from ftnas.config import SEARCHES, GivenModel, RunConfig
 from ftnas.data import DataConfig, ImageSet, load, stratified_split
 from ftnas.derive import WINNER
 from ftnas.devices import compute_exactly
+from ftnas.foresight import check_network, check_recipe, say_unreached, say_without_effect
 from ftnas.models import ModelConfig, about, build_spec, check_logits, count, describe, load_factory, load_model
 from ftnas.parallel import SearchJob, check_ranks, search_on_ranks
 from ftnas.pool import num_threads
 from ftnas.progress import say
 from ftnas.protection import run_protection
-from ftnas.recipe import SgdConfig, StepSchedule
+from ftnas.ranks import Ranks
 from ftnas.rng import seed_for
 from ftnas.rundir import Folder, RunDir, quoted
 from ftnas.search_settings import SearchConfig
@@ -99,45 +99,49 @@ class Pipeline:
             )
         self.run.describe(files={**known, setting: digest})
 
-    def _check_ahead(self) -> None:
+    def _check_ahead(self, now: str = "train") -> None:
         """Find mistakes in what follows before hours are spent: the config of a run cannot be changed afterwards.
 
-        Every model that is to be trained and known already meets every sweep of the campaign on one blank image.
+        The recipe, every search that is still to come, and all that will be done to every model that is known already;
+        the stage that runs ``now`` finds its own mistakes at once.
 
         Raises:
-            ValueError: A file of the given models is missing, or a fault model does not fit a model.
+            ValueError: One line.
         """
-        stage, campaign = self.config.train, self.config.campaign
+        stage, shape = self.config.train, self.train_images.shape
         for name, given in self.config.models.items():
             path = given.file or given.checkpoint
             if path is None or self._makes(path):
                 continue
             if not Path(path).is_file():
                 raise ValueError(f"models.{name}: no file {path}, which is needed once the trainings are done")
-            if stage is not None and name in stage.models:
-                seed = 0 if given.file is None else load_model(path)[1].get("train_seed", 0)
-                if seed in stage.seeds:
-                    raise ValueError(f"models.{name}: train.models has one of that name and seed {seed}; rename one")
-        for name, model in stage.models.items() if stage is not None and campaign is not None else ():
+            subject = self._given(name, given)
+            if stage is not None and name in stage.models and subject.train_seed in stage.seeds:
+                seed = subject.train_seed
+                raise ValueError(f"models.{name}: train.models has one of that name and seed {seed}; rename one")
+            if name not in self._tried:
+                check_network(subject.load(), shape, config=self.config, name=name, trains=False)
+                self._tried.add(name)
+        for which in SEARCHES:
+            search: SearchConfig | None = getattr(self.config, which)
+            if search is not None and which != now and not self.run.stage(which).file(WINNER).exists():
+                job = self._job(which, search)
+                job.make(self.train_images, Folder(job.folder), Ranks(0, search.ranks))
+        if stage is None:
+            return
+        check_recipe(stage.recipe, self.train_images, config=self.config)
+        for name, model in stage.models.items():
+            paths = [path for path in (model.start, model.genotype) if path is not None and path not in SEARCHES]
+            if f"train.{name}" in self._tried or any(self._makes(path) for path in paths):
+                continue
+            if model.start is not None and not Path(model.start).is_file():
+                raise ValueError(f"train.models.{name}.start: no file {model.start}")
             if model.genotype in SEARCHES and not self.run.stage(model.genotype).file(WINNER).exists():
                 continue
-            if name in self._tried or any(
-                path is not None and self._makes(path) for path in (model.start, model.genotype)
-            ):
-                continue
-            assert stage is not None and campaign is not None
-            self._tried.add(name)
             training = self._training(name, stage.seeds[0])
             network = build_spec(training.spec, seed=0, allow_factory=True, start=model.start).to(self.device).eval()
-            blank = torch.zeros(1, *self.train_images.shape, device=self.device)
-            for sweep in campaign.sweeps:
-                under = self.config.hardware.with_fault(sweep.fault, *sweep.also)
-                try:
-                    with warnings.catch_warnings(), torch.no_grad(), under.inject(network, seed=0):
-                        warnings.simplefilter("ignore")
-                        network(blank)
-                except (ValueError, RuntimeError) as error:
-                    raise ValueError(f"campaign: {sweep.label} on {name}: {error}") from error
+            check_network(network, shape, config=self.config, name=name, trains=True)
+            self._tried.add(f"train.{name}")
 
     def _makes(self, path: str) -> bool:
         """Whether a file is one that this run has still to make."""
@@ -153,23 +157,26 @@ class Pipeline:
             return Genotype.load(folder.file(WINNER))
         self._check_file("hardware.defects", self.config.hardware.defects)
         self._check_file(f"{which}.space", config.space)
-        self._check_ahead()
-        _say_unreached(config.weights, config.epochs, where=f"{which}.weights")
-        job = SearchJob(
-            config,
+        self._check_ahead(which)
+        say_unreached(config.weights, config.epochs, where=f"{which}.weights")
+        job = self._job(which, config)
+        if config.ranks > 1:
+            return search_on_ranks(job, self.train_images)
+        return job.make(self.train_images, folder).run()
+
+    def _job(self, which: str, search: SearchConfig) -> SearchJob:
+        return SearchJob(
+            search,
             data=self.config.data,
             hardware=self.config.hardware,
             pool=self.config.pool,
             seed=seed_for(self.config.seed, which),
             split_seed=seed_for(self.config.seed, "split"),
-            folder=folder.path.resolve(),
+            folder=self.run.stage(which).path.resolve(),
             title=which,
             device=self.device.type,
             threads=self.config.threads,
         )
-        if config.ranks > 1:
-            return search_on_ranks(job, self.train_images)
-        return job.make(self.train_images, folder).run()
 
     def train(self) -> None:
         """Train every model of the train section for every seed; finished ones are kept.
@@ -188,9 +195,7 @@ class Pipeline:
                 for key in ("genotype", "space", "start"):
                     self._check_file(f"train.models.{name}.{key}", getattr(model, key))
             self._check_ahead()
-            _say_unreached(stage.recipe, stage.recipe.epochs, where="train.recipe")
-            if stage.recipe.alpha_l == 0.0 and self.config.hardware.faulty and self.config.search is None:
-                say("note: train.recipe.alpha_l=0 trains without faults; the fault of hardware plays no part in it")
+            say_without_effect(self.config)
             if self.config.pool.workers:
                 failures = train_on_workers(
                     trainings, self.train_images, pool=self.config.pool, asha=stage.asha, folder=self.run.stage("train")
@@ -287,7 +292,6 @@ class Pipeline:
         )
 
     def _subjects(self) -> Iterable[Subject]:
-        images = self.train_images
         stage = self.config.train
         for name in stage.models if stage is not None else ():
             for train_seed in stage.seeds if stage is not None else ():
@@ -301,16 +305,20 @@ class Pipeline:
                 yield self._subject(name, path, allow_factory=True, train_seed=train_seed)
         for name, given in self.config.models.items():
             self._check_file(f"models.{name}", given.file or given.checkpoint)
-            if given.file is not None:
-                yield self._subject(name, Path(given.file), allow_factory=False)
-                continue
-            assert given.factory is not None and given.checkpoint is not None
-            classes, channels = len(images.classes), images.shape[0]
-            network = load_factory(given.factory, given.checkpoint, num_classes=classes, in_channels=channels)
-            with about(name):
-                check_logits(network, images.shape, classes)
-            size = count(network, images.shape)
-            yield Subject(name, 0, "given", size, network.to(self.device).eval)
+            yield self._given(name, given)
+
+    def _given(self, name: str, given: GivenModel) -> Subject:
+        """Read a model of the ``models`` section."""
+        if given.file is not None:
+            return self._subject(name, Path(given.file), allow_factory=False)
+        assert given.factory is not None and given.checkpoint is not None
+        images = self.train_images
+        classes, channels = len(images.classes), images.shape[0]
+        network = load_factory(given.factory, given.checkpoint, num_classes=classes, in_channels=channels)
+        with about(name):
+            check_logits(network, images.shape, classes)
+        size = count(network, images.shape)
+        return Subject(name, 0, "given", size, network.to(self.device).eval)
 
     def _subject(self, name: str, path: Path, *, allow_factory: bool, train_seed: int | None = None) -> Subject:
         network, metadata = load_model(path, allow_factory=allow_factory)
@@ -328,7 +336,8 @@ class Pipeline:
                 f"set data.image_size={shape[-1]}"
             )
         here, there = (*images.mean, *images.std), (*metadata.get("mean", ()), *metadata.get("std", ()))
-        if any(abs(a - b) > 1e-3 for a, b in zip(here, there, strict=False)):
+        if f"note.{name}" not in self._tried and any(abs(a - b) > 1e-3 for a, b in zip(here, there, strict=False)):
+            self._tried.add(f"note.{name}")
             say(
                 f"note: {name} was trained on images of another mean and deviation than those of this run's training "
                 "images, by which all are normalised here; its accuracy can be another one than in its own run"
@@ -344,14 +353,6 @@ class Pipeline:
 
 def _size(shape: Sequence[int]) -> str:
     return "x".join(str(number) for number in shape)
-
-
-def _say_unreached(recipe: SgdConfig, epochs: int, *, where: str) -> None:
-    """Say that milestones of the learning rate have no effect, as in a config whose epochs were shortened alone."""
-    marks = recipe.schedule.unreached(epochs) if isinstance(recipe.schedule, StepSchedule) else ()
-    if marks:
-        late = ", ".join(map(str, marks))
-        say(f"warning: {where}.schedule.milestones: epochs={epochs} ends before {late} can have an effect")
 
 
 def pick_device(name: str) -> torch.device:

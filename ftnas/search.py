@@ -15,7 +15,7 @@ from ftnas.candidates import Candidates, Terms, num_scored, scored
 from ftnas.controllers import Controller, RandomConfig, create_controller
 from ftnas.data import ImageSet
 from ftnas.derive import derive
-from ftnas.faults.hardware import Hardware
+from ftnas.faults.hardware import Hardware, check_alpha
 from ftnas.faults.joint import HALVES
 from ftnas.models import check_state
 from ftnas.plots import draw_genotype, pixels
@@ -26,7 +26,7 @@ from ftnas.rng import generator, isolated, seed_for
 from ftnas.rundir import Folder
 from ftnas.search_settings import SearchConfig
 from ftnas.space import Genotype, Space, Supernet, load_space
-from ftnas.train import CHECKPOINT, FaultTolerantLoss, check_alpha, check_finite, finite_means, move, tell_unhit
+from ftnas.train import CHECKPOINT, FaultTolerantLoss, check_finite, finite_means, move, tell_unhit
 from ftnas.workers import open_pool
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ class Search:
     def run(self) -> Genotype:
         """Search, derive and return the winner; what is done already is not done again."""
         first = self._restore()
+        self._tell_population()
         with open_pool(self._pool, events=self._folder.events) as pool:
             candidates = Candidates(
                 pool, self.supernet, self.hardware, events=self._folder.events, joint=self.config.joint_forwards
@@ -303,6 +304,16 @@ class Search:
                 if left == 0:
                     return
             done += 1
+
+    def _tell_population(self) -> None:
+        """Say where a population never fills: until then evolution draws at random."""
+        population = getattr(self.config.controller, "population_size", None)
+        told = (self.config.epochs - self.config.warmup_epochs) * self._num_updates * self.config.rollouts
+        if population is not None and told <= population:
+            say(
+                f"warning: {self._title}.controller.population_size={population}, and {told} candidates are scored in "
+                "all: every one is drawn at random, as in a random search; lower it"
+            )
 
     def _watch_entropy(self, epoch: int, entropy: float | None) -> None:
         if entropy is not None and entropy < COLLAPSED:

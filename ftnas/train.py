@@ -20,7 +20,7 @@ from ftnas.compute import Compute
 from ftnas.data import ImageSet
 from ftnas.evaluate import Forward, answers, unchanged
 from ftnas.faults import Injection
-from ftnas.faults.hardware import Hardware
+from ftnas.faults.hardware import Hardware, check_alpha
 from ftnas.faults.joint import halves, paired
 from ftnas.graphs import WARM_UP, CudaGraph, Graph, GraphedStep
 from ftnas.models import check_state
@@ -159,6 +159,23 @@ class FaultTolerantLoss:
                 norm.track_running_stats = True
 
 
+def check_fits(config: TrainConfig, num_images: int, device: torch.device, hardware: Hardware) -> None:
+    """Refuse a recipe that a device, hardware or a number of images does not allow.
+
+    Raises:
+        ValueError: ``alpha_l`` above 0 without a fault model, fewer images than one batch, or ``compute``.
+    """
+    check_alpha(config.alpha_l, hardware, "train.alpha_l")
+    config.compute.check(hardware.formats(), "train.recipe.compute")
+    steps = num_images // config.batch_size
+    if steps == 0:
+        raise ValueError(f"batch_size={config.batch_size} is above the {num_images} images; use less")
+    num = steps * config.epochs
+    obstacle = f"there are {num}, of which the first {WARM_UP} never are" if num <= WARM_UP else None
+    obstacle = "regularizers draw outside of it" if config.regularizers else obstacle
+    config.compute.check_device(device, "train.recipe.compute", obstacle=obstacle)
+
+
 def fit(
     model: nn.Module,
     images: ImageSet,
@@ -192,18 +209,12 @@ def fit(
             not fit the model.
         DivergedError: Loss or weights became NaN or infinite; the last checkpoint before that is kept.
     """
-    check_alpha(config.alpha_l, hardware, "train.alpha_l")
+    device = next(model.parameters()).device
+    check_fits(config, images.num_images, device, hardware)
     optimizer = config.optimizer(model)
     scheduler = config.scheduler(optimizer, config.epochs)
     history = folder.journal(HISTORY)
     first = _restore(folder, model, optimizer, scheduler)
-    device = next(model.parameters()).device
-    config.compute.check(hardware.formats(), "train.recipe.compute")
-    steps = images.num_images // config.batch_size
-    num = steps * config.epochs
-    obstacle = f"there are {num}, of which the first {WARM_UP} never are" if num <= WARM_UP else None
-    obstacle = "regularizers draw outside of it" if config.regularizers else obstacle
-    config.compute.check_device(device, "train.recipe.compute", obstacle=obstacle)
     extras = Regularization(config.regularizers, model) if config.regularizers else None
     loss = FaultTolerantLoss(
         model, alpha_l=config.alpha_l, bn_statistics=config.bn_statistics, compute=config.compute, regularization=extras
@@ -270,8 +281,6 @@ def _epoch(
     extras: Regularization | None,
 ) -> dict[str, Any]:
     num_steps = images.num_images // config.batch_size
-    if num_steps == 0:
-        raise ValueError(f"batch_size={config.batch_size} is above the {images.num_images} images; use less")
     device = next(model.parameters()).device
     names = () if extras is None else extras.names
     sums = torch.zeros(3 + len(names), device=device)
@@ -378,12 +387,6 @@ def check_finite(model: nn.Module, *, where: str) -> None:
     broken = next((name for name, is_finite in zip(moved, finite.tolist(), strict=True) if not is_finite), None)
     if broken is not None:
         raise diverged(repr(broken), f"the last step of {where}")
-
-
-def check_alpha(alpha_l: float, hardware: Hardware, name: str) -> None:
-    """Refuse a weight of the faulty loss without faults, which would have no effect."""
-    if alpha_l > 0.0 and not hardware.faulty:
-        raise ValueError(f"{name}={alpha_l:g} weighs the faulty loss, and there is no fault model; set it to 0")
 
 
 def clean_accuracy(model: nn.Module, images: ImageSet, *, hardware: Hardware, batch_size: int) -> float:

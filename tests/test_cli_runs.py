@@ -212,13 +212,15 @@ def test_a_damaged_record_is_named_on_resume(tmp_path, capsys, change, message):
 def test_examples_of_the_help_name_configs_with_that_section(capsys, monkeypatch):
     from ftnas.config import read_config
 
-    for command, needs in (("run", "search"), ("search", "search"), ("train", "train"), ("bounds", "bounds")):
+    for command, needs in (("run", "search"), ("search", "search"), ("train", "train")):
         for example in cli.EXAMPLES[command]:
             name, *rest = shlex.split(example.split(" --out")[0])
             config = read_config(name, rest)
             assert getattr(config, needs) is not None
             if command == "train":
                 assert all(model.genotype is None for model in config.train.models.values())
+    assert cli.EXAMPLES["bounds"][0] == "--resume runs/tolerance"  # a config whose networks are still to be trained
+    assert read_config("tolerance").bounds is not None
     monkeypatch.setenv("COLUMNS", "80")
     ftnas("configs")
     assert "train-resnet20-saturated-cifar100" in capsys.readouterr().out.split()  # to be copied, not folded

@@ -131,10 +131,21 @@ class Hardware(Settings):
     def label(self) -> str:
         """Return a short name for tables, e.g. ``mibb 0.0003``, or ``clean``."""
         if self.defects is not None:
-            return f"device {Path(self.defects).stem}"
+            return device_label(self.defects)
         if self.fault is None:
             return "clean"
         return " + ".join(f"{fault.name} {getattr(fault, fault.rate_name):.3g}" for fault in (self.fault, *self.also))
+
+
+def check_alpha(alpha_l: float, hardware: Hardware, name: str) -> None:
+    """Refuse a weight of the faulty loss without faults, which would have no effect."""
+    if alpha_l > 0.0 and not hardware.faulty:
+        raise ValueError(f"{name}={alpha_l:g} weighs the faulty loss, and there is no fault model; set it to 0")
+
+
+def device_label(path: str | Path) -> str:
+    """Return what tables call a known device, e.g. ``device chip`` for ``chip.npz``."""
+    return f"device {Path(path).stem}"
 
 
 def load_device(path: str | Path) -> PlanSet:

@@ -100,13 +100,9 @@ class Pipeline:
         self.run.describe(files={**known, setting: digest})
 
     def _check_ahead(self, now: str = "train") -> None:
-        """Find mistakes in what follows before hours are spent: the config of a run cannot be changed afterwards.
+        """Find mistakes in what follows, in one line, before hours are spent: the config cannot be changed then.
 
-        The recipe, every search that is still to come, and all that will be done to every model that is known already;
-        the stage that runs ``now`` finds its own mistakes at once.
-
-        Raises:
-            ValueError: One line.
+        The recipe, every search to come but that of ``now``, and all that will be done to the models known already.
         """
         stage, shape = self.config.train, self.train_images.shape
         for name, given in self.config.models.items():
@@ -116,8 +112,8 @@ class Pipeline:
             if not Path(path).is_file():
                 raise ValueError(f"models.{name}: no file {path}, which is needed once the trainings are done")
             subject = self._given(name, given)
-            if stage is not None and name in stage.models and subject.train_seed in stage.seeds:
-                seed = subject.train_seed
+            seed = subject.train_seed
+            if stage is not None and name in stage.models and seed in stage.seeds:
                 raise ValueError(f"models.{name}: train.models has one of that name and seed {seed}; rename one")
             if name not in self._tried:
                 check_network(subject.load(), shape, config=self.config, name=name, trains=False)
@@ -217,6 +213,8 @@ class Pipeline:
         images = self._test_images()
         seed, hardware = seed_for(config.seed, "campaign"), config.hardware
         if config.campaign is not None:
+            for number, path in enumerate(config.campaign.defects):
+                self._check_file(f"campaign.defects.{number}", path)
             chosen = _some(images, config.campaign.images)
             with open_pool(config.pool, events=self.run.events) as pool:
                 if not pool.shares_memory and self.device.type != "cpu":

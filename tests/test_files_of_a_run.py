@@ -8,8 +8,9 @@ import torch
 import yaml
 from test_cli import TRAIN, ftnas
 
-from ftnas.faults import AdSAF, inject
-from ftnas.models import ModelConfig, build, describe, save_model
+from ftnas.data import DataConfig, load, stratified_split
+from ftnas.faults import AdSAF, PlanSet, inject
+from ftnas.models import ModelConfig, build, describe, load_model, save_model
 from ftnas.quantize import FixedPoint
 from ftnas.space import load_space
 
@@ -63,6 +64,9 @@ def write_space(path, seed):
 
 
 FILES = {
+    "campaign.defects.0": ("campaign", write_device,
+                           ["control=null", "search=null", "train=null", "models={given: {file: 'MODEL'}}",
+                            "campaign={defects: ['FILE'], images: 20}"]),
     "models.given": ("campaign", write_weights, [*ONE, "train=null", "models={given: {file: 'FILE'}}"]),
     "train.models.net.start": ("train", write_weights,
                                [*ONE, "train.models={net: {baseline: resnet20, width: 0.25, start: 'FILE'}}"]),
@@ -76,8 +80,10 @@ def test_a_run_does_not_go_on_with_a_file_that_was_changed(setting, tmp_path, ca
     command, write, overrides = FILES[setting]
     path, run = tmp_path / "file.pt", tmp_path / "run"
     write(path, 0)
+    write_weights(tmp_path / "model.pt", 0)
     before = path.read_bytes()
-    assert ftnas(command, "quickstart", *(text.replace("FILE", str(path)) for text in overrides), "--out", run) == 0
+    overrides = [text.replace("FILE", str(path)).replace("MODEL", str(tmp_path / "model.pt")) for text in overrides]
+    assert ftnas(command, "quickstart", *overrides, "--out", run) == 0
     assert setting in json.loads((run / "run.json").read_text())["files"]
     for made in (*run.rglob("genotype.json"), *run.rglob("records.jsonl"), *run.rglob("model.pt")):
         made.unlink()  # as in a run that was cut
@@ -105,7 +111,55 @@ AHEAD = {
         "margin chooses a number of experiments",
     ),
     "unreadable": (["data.unreadable=skip"], "concerns files of image_folder only"),
+    "single faults": (
+        ["single_faults=[{fault: {name: adsaf, where: {layers: gone}}}]"],
+        "single_faults: adsaf on net: layers='gone' matches no layer",
+    ),
+    "single faults elsewhere": (
+        ["single_faults=[{fault: {name: mibb, where: {layers: conv1, channels: [99]}}}]"],
+        "single_faults: mibb on net: 'conv1': where.channels must be in 0..3, got 99",
+    ),
+    "protections": (
+        ["protections=[{fault: {name: adsaf, where: {layers: gone}}, method: triplicate, budget: 1.0}]"],
+        "protections: adsaf, triplicate on net: ",
+    ),
+    "given": (["models={other: {file: 'WRONG'}}"], "not a"),
+    "factory": (["models={own: {factory: 'no_such_module:make', checkpoint: 'FILE'}}"], "no_such_module"),
+    "start": (["train.models={net: {baseline: resnet20, start: gone.pt}}"], "train.models.net.start: no file gone.pt"),
+    "batch": (["train.recipe.batch_size=500"], "train: batch_size=500 is above the 200 images"),
+    "cutout": (
+        ["train.recipe.augment={cutout: 9}"],
+        "train: augment.cutout: must be less than",
+    ),
+    "graph": (["train.recipe.compute={cuda_graph: true}", "device=cpu"], "cuda_graph replays steps, but there are 3"),
+    "regularizer": (
+        ["train.recipe.regularizers=[{name: dropout, rate: 0.1, layers: [gone]}]"],
+        "train: net: ",
+    ),
+    "rates": (
+        ["hardware={defects: 'DEVICE'}", "train.recipe.rate_protocol=[0.1]", "train.recipe.rate_threshold=0.1"],
+        "has no rate to set",
+    ),
+    "device": (["campaign={defects: [gone.npz]}"], "gone.npz"),
+    "device of others": (["campaign={defects: ['DEVICE']}", "train.models={net: {baseline: vgg16}}"], "campaign: "),
+    "devices of one name": (["campaign={defects: [a/x.npz, b/x.npz]}"], "two files of defects are called 'device x'"),
+    "nothing": (["campaign={sweeps: []}"], "measures sweeps or defects (known devices), and there is neither"),
 }
+LATER = {
+    "control.space": (["control.space=gone.yaml"], "gone.yaml"),
+    "control batch": (["control.weights.batch_size=400"], "control.weights.batch_size=400 is above the"),
+    "control joint": (["control.joint_forwards=true", "device=cpu"], "control.joint_forwards is for GPUs"),
+    "train batch": (["train.recipe.batch_size=500"], "train: batch_size=500 is above the 200 images"),
+}
+
+
+@pytest.mark.parametrize("mistake", LATER)
+def test_a_mistake_in_a_later_stage_is_told_before_the_search(mistake, tmp_path, capsys):
+    changes, message = LATER[mistake]
+    run = tmp_path / "run"
+    assert ftnas("run", "quickstart", *SEARCH[1:], *changes, "--out", run) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and not run.exists()
 
 
 @pytest.mark.parametrize("mistake", AHEAD)
@@ -113,10 +167,39 @@ def test_a_mistake_in_what_is_measured_is_told_before_the_training(mistake, tmp_
     changes, message = AHEAD[mistake]
     run = tmp_path / "run"
     write_weights(tmp_path / "file.pt", 0)
-    changes = [change.replace("FILE", str(tmp_path / "file.pt")) for change in changes]
+    write_device(tmp_path / "device.npz", 0)
+    (tmp_path / "wrong.pt").write_text("no model")
+    for word, name in (("FILE", "file.pt"), ("DEVICE", "device.npz"), ("WRONG", "wrong.pt")):
+        changes = [change.replace(word, str(tmp_path / name)) for change in changes]
     assert ftnas("run", "quickstart", *ONE, *changes, "--out", run) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and not run.exists()
+
+
+def test_a_network_that_is_trained_for_a_chip_is_measured_on_it(tmp_path, capsys):
+    write_device(tmp_path / "chip.npz", 3)
+    chip, run = tmp_path / "chip.npz", tmp_path / "run"
+    for_chip = [*ONE, "train.recipe.alpha_l=1.0", f"hardware={{defects: '{chip}'}}"]
+    assert ftnas("run", "quickstart", *for_chip, "--out", run) == 0
+    assert f"campaign.defects=[{chip}] does" in capsys.readouterr().err  # the note
+    changes = [*for_chip, f"campaign.defects=['{chip}']"]
+    assert ftnas("run", "quickstart", *changes, "--out", tmp_path / "both") == 0
+    assert "does" not in capsys.readouterr().err.replace("campaign", "")
+    records = [json.loads(line) for line in (tmp_path / "both" / "records.jsonl").read_text().splitlines()]
+    clean, found = [record for record in records if record["fault"] == "device chip"]
+    plans = PlanSet.load(chip)
+    units = sum(plan.population for plan in plans.plans.values())
+    assert (clean["rate"], clean["device"], clean["hits"]) == (0.0, None, 0)
+    assert (found["rate"], found["device"], found["hits"]) == (plans.hits() / units, 0, plans.hits())
+    network, _ = load_model(tmp_path / "both" / "train" / "model.pt")
+    images = load(DataConfig(name="digits", subset=200), "test")
+    chosen, _ = stratified_split(images.labels, 20 / images.num_images, seed=0)
+    with torch.no_grad(), inject(network.eval(), plans=plans, quantization=FixedPoint()):
+        (x, y), *_ = images.subset(chosen).batches(len(chosen))
+        assert found["accuracy"] == pytest.approx(float((network(x).argmax(1) == y).double().mean()))
+    mibb = [record for record in records if record["fault"] == "mibb"]
+    assert mibb == [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    assert "device chip" in (tmp_path / "both" / "report" / "report.html").read_text()
 
 
 def test_one_name_for_several_training_seeds_from_two_runs(tmp_path):

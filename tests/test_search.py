@@ -375,3 +375,12 @@ def test_a_primitive_that_draws_by_itself_draws_the_same_in_every_run(tmp_path, 
         make_search(path, run.stage("search")).run()
     assert found[0] == found[1] == contents(tmp_path / "cut" / "search")
     sys.modules.pop("drawing_primitives", None)
+
+
+@pytest.mark.parametrize("size", [12, 11])  # two epochs of two updates of three rollouts
+def test_a_population_that_never_fills_is_told(size, space, tmp_path, capsys):
+    evolution = {"name": "evolution", "population_size": size, "sample_size": 2}
+    with RunDir.create(tmp_path / "run", {}) as run:
+        make_search(space, run.stage("search"), controller=evolution).run()
+    told = f"search.controller.population_size={size}, and 12 candidates are scored in all"
+    assert (told in capsys.readouterr().err) == (size == 12)

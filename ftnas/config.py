@@ -145,6 +145,8 @@ class RunConfig(Settings):
         if self.train is not None:
             if self.train.asha is not None and self.pool.workers == 0:
                 raise ValueError("train.asha works with workers alone, and pool.workers=0; set workers or remove asha")
+            if self.pool.workers and self.device.startswith("cuda:"):
+                raise ValueError(f"with pool.workers Ray gives each training a GPU, and device={self.device} names one")
             check_alpha(self.train.recipe.alpha_l, self.hardware, "train.recipe.alpha_l")
             for name, model in self.train.models.items():
                 if model.genotype in SEARCHES and getattr(self, model.genotype) is None:

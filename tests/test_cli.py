@@ -138,6 +138,10 @@ MISTAKES = {
         ["train", "quickstart", *TRAIN, "train.recipe.alpha_l=1", "train.recipe.bn_statistics=clean"],
         "running statistics would never move",
     ),
+    "gpu of workers": (
+        ["train", "quickstart", "device=cuda:1", "pool={workers: 2}"],
+        "Ray gives each training a GPU, and device=cuda:1 names one",
+    ),
     "device that nothing trains for": (["campaign", "reliability", "hardware.defects=chip.npz"], "has no effect"),
     "protection without a method": (["campaign", "reliability", "protections.0.method=tmr"], "'triplicate', 'ecc' or"),
     "single faults that cannot be counted": (

@@ -248,3 +248,14 @@ def test_config_of_the_run_is_what_the_checksum_says(finished):
 def test_numbers_out_of_range(tmp_path, capsys, change, message):
     assert ftnas("run", "quickstart", *TRAIN, change, "--out", tmp_path / "run") == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_trainings_take_the_threads_of_a_task(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("ftnas.pipeline.train_in_turn", lambda *_: seen.append(torch.get_num_threads()) or [])
+    before = torch.get_num_threads()
+    for number, threads in enumerate((["threads=1", "pool.threads=2"], ["threads=1"])):
+        assert ftnas("train", "quickstart", *TRAIN, "campaign=null", *threads, "--out", tmp_path / str(number)) == 0
+        assert torch.get_num_threads() == 1
+    assert seen == [2, 1]
+    torch.set_num_threads(before)

@@ -754,3 +754,13 @@ def test_a_run_that_another_process_has_just_made_is_opened(tmp_path, monkeypatc
     monkeypatch.setattr(jobs.RunDir, "create", lambda *_: (_ for _ in ()).throw(ValueError("no room")))
     with pytest.raises(ValueError, match="no room"), jobs._opened(tmp_path / "other", {}):
         pass
+
+
+def test_costs_of_a_run_that_was_cut_and_of_one_with_workers(tmp_path):
+    (tmp_path / "run.json").write_text('{"commit": "abc"}')
+    spent = [{"kind": "spent", "cpu_s": 1.5, "wall_s": 2.0, "machine": "x"}, {"kind": "started"}]
+    lines = "".join(json.dumps(line) + "\n" for line in spent)
+    (tmp_path / "events.jsonl").write_text(lines + '{"kind": "spe')
+    assert jobs.cost(tmp_path) == {"cpu_s": 1.5, "wall_s": 2.0, "is_all": True, "machines": ["x"], "commit": "abc"}
+    (tmp_path / "events.jsonl").write_text(lines + json.dumps({**spent[0], "workers": 2}) + "\n")
+    assert jobs.cost(tmp_path)["cpu_s"] == 3.0 and not jobs.cost(tmp_path)["is_all"]

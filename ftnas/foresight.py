@@ -15,6 +15,7 @@ from ftnas.bounds.summary import summarize
 from ftnas.campaign import KnownDevice, SweepConfig, known_devices
 from ftnas.config import RunConfig
 from ftnas.data import ImageSet
+from ftnas.faults.hardware import Hardware
 from ftnas.progress import say
 from ftnas.recipe import SgdConfig, StepSchedule, TrainConfig
 from ftnas.regularizers import Regularization
@@ -80,11 +81,18 @@ def say_unreached(recipe: SgdConfig, epochs: int, *, where: str) -> None:
         say(f"warning: {where}.schedule.milestones: epochs={epochs} ends before {late} can have an effect")
 
 
-def say_without_effect(config: RunConfig) -> None:
-    """Say what of a train section, and of the hardware, plays no part in what follows."""
+def say_without_effect(config: RunConfig, device: torch.device) -> None:
+    """Say what of a config that trains plays no part in what follows, or cannot go on as it is."""
     stage, hardware = config.train, config.hardware
     if stage is None:
         return
+    if hardware.defects is not None and hardware.layers != Hardware().layers:
+        say("note: hardware.layers plays no part in the training, since defects name their layers themselves")
+    for entry in config.protections:
+        if not getattr(entry.fault, entry.fault.rate_name):
+            say(f"warning: protections: {entry.label}: at rate 0 nothing fails, and there is nothing to protect")
+    if config.campaign is not None and config.pool.workers and device.type != "cpu":
+        say(f"note: workers measure on CPUs, and the run is on {device}: the campaign goes on by --resume --workers 0")
     say_unreached(stage.recipe, stage.recipe.epochs, where="train.recipe")
     if stage.recipe.alpha_l == 0.0 and hardware.faulty and config.search is None:
         say("note: train.recipe.alpha_l=0 trains without faults; the fault of hardware plays no part in it")

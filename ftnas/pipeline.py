@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -24,6 +23,7 @@ from ftnas.protection import run_protection
 from ftnas.ranks import Ranks
 from ftnas.rng import seed_for
 from ftnas.rundir import Folder, RunDir, quoted
+from ftnas.sameness import check_file, check_images, note_factory
 from ftnas.search_settings import SearchConfig
 from ftnas.single import run_single_faults
 from ftnas.space import Genotype
@@ -65,7 +65,7 @@ class Pipeline:
         """The training images, on the device; loaded on first use."""
         if self._train_images is None:
             images = load(self.config.data, "train").to(self.device)
-            self._describe(images, "dataset_digest", "training")
+            check_images(self.run, images, "dataset_digest", "training")
             self.run.describe(num_classes=len(images.classes))
             self._train_images = images
         return self._train_images
@@ -73,31 +73,8 @@ class Pipeline:
     def _test_images(self) -> ImageSet:
         """Load the test images, on the device."""
         images = load(self.config.data, "test").to(self.device)
-        self._describe(images, "test_digest", "test")
+        check_images(self.run, images, "test_digest", "test")
         return images
-
-    def _describe(self, images: ImageSet, name: str, which: str) -> None:
-        """Note the images of a run by their digest; a ValueError where it was begun with others."""
-        before = self.run.info.get(name)
-        if before not in (None, images.digest):
-            raise ValueError(
-                f"data: the {which} images are not those that {self.run.path} was begun with (digest "
-                f"{images.digest[:12]}, then {before[:12]}); give those, or begin another run with --out"
-            )
-        self.run.describe(**{name: images.digest})
-
-    def _check_file(self, setting: str, name: str | None) -> None:
-        """Note a file that the config names by its digest; a ValueError where it was changed since."""
-        if name is None or not Path(name).is_file():
-            return  # a shipped one, or one that is missing, which whoever reads it says
-        digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()
-        known: dict[str, str] = self.run.info.get("files", {})
-        if known.get(setting, digest) != digest:
-            raise ValueError(
-                f"{setting}: {name} was changed since {self.run.path} began with it; restore it, or begin another run "
-                "with --out"
-            )
-        self.run.describe(files={**known, setting: digest})
 
     def _check_ahead(self, now: str = "train") -> None:
         """Find mistakes in what follows, in one line, before hours are spent: the config cannot be changed then.
@@ -151,8 +128,8 @@ class Pipeline:
         folder = self.run.stage(which)
         if folder.file(WINNER).exists():
             return Genotype.load(folder.file(WINNER))
-        self._check_file("hardware.defects", self.config.hardware.defects)
-        self._check_file(f"{which}.space", config.space)
+        check_file(self.run, "hardware.defects", self.config.hardware.defects)
+        check_file(self.run, f"{which}.space", config.space)
         self._check_ahead(which)
         say_unreached(config.weights, config.epochs, where=f"{which}.weights")
         job = self._job(which, config)
@@ -186,12 +163,13 @@ class Pipeline:
         trainings = [self._training(name, seed) for name in stage.models for seed in stage.seeds]
         failures: list[Failure] = []
         if not all(training.done for training in trainings):
-            self._check_file("hardware.defects", self.config.hardware.defects)
+            check_file(self.run, "hardware.defects", self.config.hardware.defects)
             for name, model in stage.models.items():
                 for key in ("genotype", "space", "start"):
-                    self._check_file(f"train.models.{name}.{key}", getattr(model, key))
+                    check_file(self.run, f"train.models.{name}.{key}", getattr(model, key))
+                note_factory(self.run, f"train.models.{name}.factory", model.factory)
             self._check_ahead()
-            say_without_effect(self.config)
+            say_without_effect(self.config, self.device)
             if self.config.pool.workers:
                 failures = train_on_workers(
                     trainings, self.train_images, pool=self.config.pool, asha=stage.asha, folder=self.run.stage("train")
@@ -214,7 +192,7 @@ class Pipeline:
         seed, hardware = seed_for(config.seed, "campaign"), config.hardware
         if config.campaign is not None:
             for number, path in enumerate(config.campaign.defects):
-                self._check_file(f"campaign.defects.{number}", path)
+                check_file(self.run, f"campaign.defects.{number}", path)
             chosen = _some(images, config.campaign.images)
             with open_pool(config.pool, events=self.run.events) as pool:
                 if not pool.shares_memory and self.device.type != "cpu":
@@ -291,7 +269,8 @@ class Pipeline:
 
     def _subjects(self) -> Iterable[Subject]:
         stage = self.config.train
-        for name in stage.models if stage is not None else ():
+        for name, model in stage.models.items() if stage is not None else ():
+            note_factory(self.run, f"train.models.{name}.factory", model.factory)
             for train_seed in stage.seeds if stage is not None else ():
                 folder = self._model_folder(name, train_seed)
                 path = folder.file(MODEL)
@@ -302,7 +281,8 @@ class Pipeline:
                     raise ValueError(f"{path} is missing; run `ftnas train --resume {quoted(self.run.path)}` first")
                 yield self._subject(name, path, allow_factory=True, train_seed=train_seed)
         for name, given in self.config.models.items():
-            self._check_file(f"models.{name}", given.file or given.checkpoint)
+            check_file(self.run, f"models.{name}", given.file or given.checkpoint)
+            note_factory(self.run, f"models.{name}.factory", given.factory)
             yield self._given(name, given)
 
     def _given(self, name: str, given: GivenModel) -> Subject:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 
 import pytest
 import torch
@@ -95,6 +96,38 @@ def test_a_run_does_not_go_on_with_a_file_that_was_changed(setting, tmp_path, ca
     assert f"error: {setting}: {path} was changed since {run} began with it" in said and "Traceback" not in said
     path.write_bytes(before)
     assert ftnas(command, "--resume", run) == 0
+
+
+@pytest.mark.parametrize("stage", ["train", "campaign"])
+def test_code_of_a_network_that_was_changed_is_told(stage, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    source = tmp_path / "changed_nets.py"
+    source.write_text(
+        "from torch import nn\n\n\ndef make(num_classes, in_channels):\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, num_classes))\n"
+    )
+    run, own = tmp_path / "run", "train.models={own: {factory: 'changed_nets:make'}}"
+    command = "train" if stage == "train" else "run"
+    seeds = "train.seeds=[0, 1]" if stage == "train" else "train.seeds=[0]"
+    assert ftnas(command, "quickstart", *ONE, own, seeds, "--out", run) == 0
+    assert "was changed since" not in capsys.readouterr().err
+    for made in (run / "train/own/seed-1/model.pt", run / "records.jsonl"):
+        made.unlink(missing_ok=True)  # as in a run that was cut
+    source.write_text(source.read_text().replace("nn.ReLU", "nn.Tanh"))
+    assert ftnas(stage, "--resume", run) == 0
+    error = capsys.readouterr().err
+    assert f"warning: train.models.own.factory: {source} was changed since {run} began with it" in error
+    sys.modules.pop("changed_nets", None)
+
+
+def test_what_plays_no_part_is_said(tmp_path, capsys):
+    write_device(tmp_path / "chip.npz", 0)
+    hardware = f"hardware={{defects: '{tmp_path / 'chip.npz'}', layers: linear}}"
+    protection = "protections=[{fault: {name: mibb, mac_error_rate: 0.0}, method: triplicate, budget: 1.0}]"
+    assert ftnas("train", "quickstart", *ONE, hardware, protection, "--out", tmp_path / "run") == 0
+    error = capsys.readouterr().err
+    assert "note: hardware.layers plays no part in the training" in error
+    assert "protections: mibb, triplicate: at rate 0 nothing fails" in error
 
 
 AHEAD = {

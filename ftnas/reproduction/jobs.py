@@ -20,6 +20,7 @@ from ftnas.campaign import RECORDS, CampaignConfig, Subject, SweepConfig, run_ca
 from ftnas.config import SEARCHES, RunConfig
 from ftnas.data import DataConfig, ImageSet, load, stratified_split
 from ftnas.derive import WINNER
+from ftnas.foresight import check_recipe
 from ftnas.models import count, describe, load_model
 from ftnas.pipeline import Pipeline, pick_device
 from ftnas.rng import seed_for
@@ -204,7 +205,10 @@ def _search(job: Job) -> Path:
     if not (job.search_folder / DONE).exists():
         config = job.config.model_copy(update={"train": None, "control": None, "campaign": None})
         with _opened(job.search_folder, config.model_dump(mode="json")) as run, _timed(run):
-            Pipeline(config, run).search()
+            stages = Pipeline(config, run)
+            if job.config.train is not None:  # told before the search, which is the longer part
+                check_recipe(job.config.train.recipe, stages.train_images, config=job.config)
+            stages.search()
             run.write_json(DONE, {"genotype": f"search/{WINNER}"})
     return path
 

@@ -294,7 +294,7 @@ def other_parametrization(model):
 
 
 ALONE = {
-    "two faults": (chain, [WeightBitFlip(bit_error_rate=0.01), LogNormalVariation(sigma=0.1)], {}),
+    "two faults": (chain, [AdSAF(), LogNormalVariation(sigma=0.1)], {}),
     "a part": (chain, [AdSAF(where={"channels": [0]})], {}),
     "protected parts": (chain, [AdSAF()], {"protect": ["1"]}),
     "drawn on the CPU": (chain, [AdSAF()], {"draw_on": "cpu"}),

@@ -130,5 +130,5 @@ class _told(AbstractContextManager[None]):  # noqa: N801 - reads as a verb
         self._where = where
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        if isinstance(error, (ValueError, RuntimeError)):
+        if isinstance(error, (ValueError, RuntimeError)) and not isinstance(error, torch.OutOfMemoryError):
             raise ValueError(f"{self._where}: {' '.join(str(error).split())}") from error

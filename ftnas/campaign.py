@@ -114,7 +114,10 @@ def known_devices(files: Sequence[str]) -> list[KnownDevice]:
     """
     found = []
     for file in files:
-        device = KnownDevice(device_label(file), load_device(file))
+        try:
+            device = KnownDevice(device_label(file), load_device(file))
+        except ValueError as error:
+            raise ValueError(f"campaign.defects: {error}") from None
         if not device.plans.hits():
             raise ValueError(f"campaign.defects: nothing of {file} fails, so that it has no effect; remove it")
         found.append(device)

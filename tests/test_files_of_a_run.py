@@ -173,7 +173,7 @@ AHEAD = {
         ["hardware={defects: 'DEVICE'}", "train.recipe.rate_protocol=[0.1]", "train.recipe.rate_threshold=0.1"],
         "has no rate to set",
     ),
-    "device": (["campaign={defects: [gone.npz]}"], "gone.npz"),
+    "device": (["campaign={defects: [gone.npz]}"], "campaign.defects: gone.npz: no such file"),
     "device of others": (["campaign={defects: ['DEVICE']}", "train.models={net: {baseline: vgg16}}"], "campaign: "),
     "devices of one name": (["campaign={defects: [a/x.npz, b/x.npz]}"], "two files of defects are called 'device x'"),
     "nothing": (["campaign={sweeps: []}"], "measures sweeps or defects (known devices), and there is neither"),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -123,12 +123,12 @@ def _sweep(sweep: Any, config: RunConfig, network: nn.Module) -> AbstractContext
     return under
 
 
-class _told(AbstractContextManager[None]):  # noqa: N801 - reads as a verb
+@contextmanager
+def _told(where: str) -> Iterator[None]:
     """Say where a mistake is."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
-
-    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        if isinstance(error, (ValueError, RuntimeError)) and not isinstance(error, torch.OutOfMemoryError):
-            raise ValueError(f"{self._where}: {' '.join(str(error).split())}") from error
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error

@@ -8,6 +8,9 @@ resolution that these would take away. At 32x32 these are the networks usually c
 Channels are multiplied by ``width`` and rounded to a multiple of 4 (at least 4, never more than 10% down).
 
 Layers draw their first weights from torch's global generator; wrap a call in ``ftnas.rng.isolated``.
+
+torchvision's blocks are imported where they are used: they take as long as torch itself, and a mistake in a config
+should not have to wait for them.
 """
 
 from __future__ import annotations
@@ -16,10 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torchvision.models.mobilenetv2 import InvertedResidual, MobileNetV2
-from torchvision.models.resnet import BasicBlock, resnet18
-from torchvision.models.vgg import make_layers
-from torchvision.ops.misc import Conv2dNormActivation
 
 from ftnas.registry import Registry
 
@@ -114,6 +113,8 @@ class ResNet(nn.Module):
     """
 
     def __init__(self, shape: Shape, *, stages: Sequence[int], blocks: int) -> None:
+        from torchvision.models.resnet import BasicBlock
+
         super().__init__()
         previous = shape.channels(stages[0])
         self.conv1 = nn.Conv2d(shape.in_channels, previous, 3, padding=1, bias=False)
@@ -156,6 +157,8 @@ def imagenet_resnet18(num_classes: int = 1000, in_channels: int = 3) -> nn.Modul
         num_classes: Number of classes.
         in_channels: Of the images.
     """
+    from torchvision.models.resnet import resnet18
+
     model = resnet18(num_classes=num_classes)
     if in_channels != 3:
         model.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
@@ -221,6 +224,8 @@ def _with_head(features: nn.Sequential, *, channels: int, num_classes: int) -> n
 
 @BASELINES.register("vgg16")
 def _vgg16(shape: Shape) -> nn.Module:
+    from torchvision.models.vgg import make_layers
+
     pools = iter(shape.strides([2] * _VGG16.count("M"), smallest=1))
     layers: list[int | str] = []
     for entry in _VGG16:
@@ -239,6 +244,9 @@ def _vgg16(shape: Shape) -> nn.Module:
 
 @BASELINES.register("mobilenet_v2")
 def _mobilenet_v2(shape: Shape) -> nn.Module:
+    from torchvision.models.mobilenetv2 import InvertedResidual, MobileNetV2
+    from torchvision.ops.misc import Conv2dNormActivation
+
     strides = shape.strides([stage[3] for stage in _MOBILENET_V2])
     stages = [
         [expansion, channels, blocks, stride]
@@ -266,6 +274,8 @@ def _mobilenet_v2(shape: Shape) -> nn.Module:
 
 @BASELINES.register("mobilenet_v1")
 def _mobilenet_v1(shape: Shape) -> nn.Module:
+    from torchvision.ops.misc import Conv2dNormActivation
+
     previous = shape.channels(32)
     features = nn.Sequential(Conv2dNormActivation(shape.in_channels, previous))
     strides = shape.strides([stride for _, stride in _MOBILENET_V1])

@@ -221,6 +221,10 @@ def _check_new(config: RunConfig) -> None:
             raise ValueError(
                 f"single_faults: {given} chooses a number of experiments, and exhaustive does all; remove it"
             )
+        never = single.fault.with_rate(0.0)
+        for key, field in type(single.fault).model_fields.items():
+            if getattr(single.fault, key) not in (getattr(never, key), field.default):
+                raise ValueError(f"single_faults: {single.label}: one fault at a time has no rate; remove {key}")
     given = None if bounds is None else _changed(bounds, "failing", "draws", "share")
     if bounds is not None and bounds.failures.component == "synapse" and given:
         raise ValueError(f"bounds: {given} has no effect on failing synapses, of which nothing is run; remove it")

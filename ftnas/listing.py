@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ftnas.shipped import shipped_folder, shipped_names
 
+_NO_EDGE = 10_000
 _STAGES = ("search", "control", "train", "campaign", "single_faults", "protections", "bounds")
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table on the standard output; long cells are folded, never cut, and names not even folded."""
-    table = Table(title=title, title_justify="left")
+    """Print a table on the standard output: in a terminal long cells, but names, are folded; else a row is a line."""
+    table = Table()
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column == "name")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        whole = console.measure(table, options=console.options.update(width=_NO_EDGE)).maximum
+        console.width = max(console.width, whole)
+    console.print(Text(title, style="table.title"))
+    console.print(table)
 
 
 def list_spaces() -> None:

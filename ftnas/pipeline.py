@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ftnas.campaign import Subject, run_campaign
-from ftnas.config import SEARCHES, GivenModel, RunConfig
+from ftnas.config import SEARCHES, GivenModel, RunConfig, TrainStage
 from ftnas.data import DataConfig, ImageSet, load, stratified_split
 from ftnas.derive import WINNER
 from ftnas.devices import compute_exactly
@@ -100,8 +100,14 @@ class Pipeline:
             if search is not None and which != now and not self.run.stage(which).file(WINNER).exists():
                 job = self._job(which, search)
                 job.make(self.train_images, Folder(job.folder), Ranks(0, search.ranks))
-        if stage is None:
-            return
+        if stage is not None:
+            self._check_trainings(stage)
+        if (self.config.evaluates or self.config.bounds is not None) and "test_digest" not in self.run.info:
+            self._test_images()  # that all can be read; a file that is changed later is told
+
+    def _check_trainings(self, stage: TrainStage) -> None:
+        """Find mistakes in the recipe and in the networks that are known already."""
+        shape = self.train_images.shape
         check_recipe(stage.recipe, self.train_images, config=self.config)
         for name, model in stage.models.items():
             paths = [path for path in (model.start, model.genotype) if path is not None and path not in SEARCHES]

@@ -45,7 +45,7 @@ class SingleFaultConfig(Settings):
     An experiment is one fault, drawn without replacement from all that can happen, with one image, alone in its batch.
 
     Attributes:
-        fault: The fault model; its rate plays no part and may be left out.
+        fault: The fault model; its rate is left out.
         name: What records and tables call it; the fault model's name when left out.
         images: Test images that a fault may meet, stratified, always the same ones.
         margin: Half-width of the interval of the probability over the whole model that the number of experiments is

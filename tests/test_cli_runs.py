@@ -228,6 +228,10 @@ def test_examples_of_the_help_name_configs_with_that_section(capsys, monkeypatch
     ftnas("configs")
     listed = capsys.readouterr().out
     assert "single faults" in listed and "protections" in listed and "bounds" in listed
+    monkeypatch.delenv("COLUMNS")
+    ftnas("configs")
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "train-resnet20-saturated-cifar100" in line)
+    assert read_config("train-resnet20-saturated-cifar100").description in line  # a row is a line where it is piped
 
 
 def test_commands_that_are_told_can_be_pasted(tmp_path, finished, capsys):

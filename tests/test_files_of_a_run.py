@@ -143,6 +143,10 @@ AHEAD = {
         ["single_faults=[{fault: {name: mibb}, exhaustive: true, margin: 0.1}]"],
         "margin chooses a number of experiments",
     ),
+    "a rate of one fault": (
+        ["single_faults=[{fault: {name: adsaf, sa1_rate: 0.1}}]"],
+        "single_faults: adsaf: one fault at a time has no rate; remove sa1_rate",
+    ),
     "unreadable": (["data.unreadable=skip"], "concerns files of image_folder only"),
     "single faults": (
         ["single_faults=[{fault: {name: adsaf, where: {layers: gone}}}]"],

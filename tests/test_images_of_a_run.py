@@ -88,3 +88,17 @@ def test_images_that_are_left_out_or_not_there_are_told_in_one_line(tmp_path, ca
     (line,) = (line for line in said if "unreadable images were skipped" in line)
     assert line.startswith("warning: 1 unreadable images were skipped: ") and "UserWarning" not in "".join(said)
     assert "note: 100 images are asked for, and there are 12; all are taken" in said
+
+
+def test_a_test_image_that_cannot_be_read_is_told_before_anything_is_trained(tmp_path, capsys):
+    root = folder_of(tmp_path / "images", 1)
+    (root / "test" / "b" / "3.png").write_bytes(b"no image")
+    data = f"data={{name: image_folder, root: '{root}'}}"
+    assert ftnas("run", "quickstart", *TRAIN, data, "--out", tmp_path / "run") == 2
+    assert "b/3.png: cannot be read as an image" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    (root / "test" / "b" / "3.png").unlink()
+    assert ftnas("train", "quickstart", *TRAIN, data, "--out", tmp_path / "run") == 0
+    Image.new("L", (8, 8)).save(root / "test" / "b" / "3.png")
+    assert ftnas("campaign", "--resume", tmp_path / "run") == 2
+    assert "the test images are not those that" in capsys.readouterr().err

@@ -45,7 +45,7 @@ CONFIG = {
         "models": {"net": {"baseline": "resnet8", "width": 0.25}},
     },
     "campaign": {"sweeps": [{"fault": FAULT, "also": [FAULT], "rates": [0.01]}], "devices": 1},
-    "single_faults": [{"fault": FAULT, "images": 2, "margin": 0.4, "minimum": 1}],
+    "single_faults": [{"fault": {"name": FAULT["name"]}, "images": 2, "margin": 0.4, "minimum": 1}],
     "protections": [{"fault": FAULT, "method": "ecc", "budget": 0.5, "devices": 2, "images": 20}],
 }
 

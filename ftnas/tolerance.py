@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ftnas import boundplots, plots
 from ftnas.bounds import (
     BoxOfInputs,
     Cost,
@@ -99,8 +100,6 @@ def run_tolerance(
     Raises:
         ValueError: A model cannot be summarised: one line with the layer that is not bounded.
     """
-    from ftnas import boundplots, plots  # with matplotlib, which a config that is only read does not need
-
     stage, texts = folder.stage("bounds"), []
     for subject in subjects:
         own = stage.stage(f"{subject.name}/seed-{subject.train_seed}")

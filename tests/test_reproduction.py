@@ -32,7 +32,9 @@ from ftnas.shipped import find_file
 from ftnas.stats import Interval
 from ftnas.storage import read_journal
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "reproduce.py"
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts" / "reproduce.py"
+RESULTS = sorted((ROOT / "docs" / "results" / "reproduction").glob("*/runs*.jsonl"))
 FAULT = {"name": "mibb", "mac_error_rate": 1e-3}
 ROW = {"config": "quickstart", "model": "resnet20"}
 
@@ -419,6 +421,36 @@ def test_what_decides_the_result_decides_the_hash(tmp_path):
     assert len({key(change) for change in [*other, "train.models.a.width=0.5"]} | {key()}) == len(other) + 2
     clean = ["train.recipe.alpha_l=0"]
     assert key(*clean) == key(*clean, "hardware.fault=null") != key()
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_results_that_ship_are_those_of_the_runs_that_ship(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("FTNAS_CIFAR10_FOLDERS", str(tmp_path))
+    study, scale = file.parent.name.rsplit("-", 1) if "-" in file.parent.name else (None, "small")
+    own = file.with_name(file.name.replace("runs", "study")).with_suffix(".yaml")
+    at_full = ["data={name: image_folder, root: x}", "train.recipe.compute={channels_last: true, autocast: bf16}"]
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    settings = read_scale(scale).model_copy(update={"seeds": tuple(sorted({line["seed"] for line in lines}))})
+    planned = plan(
+        read_study(study or own),
+        scale=scale,
+        settings=settings,
+        cache=tmp_path,
+        overrides=at_full if scale == "full" else (),
+    )
+    keys = {
+        (entry.row.name, job.seed): (
+            job.key,
+            job.search_key if job.searches else None,
+            {found.sweep.label: job.measure_key(found) for found in entry.measurements},
+        )
+        for entry in planned
+        for job in entry.jobs
+    }
+    assert lines
+    for line in lines:
+        found = line["training"], line.get("search"), line.get("measurements", {})
+        assert found == keys[line["row"], line["seed"]], "what decides a result has changed since: measure it again"
 
 
 def test_weights_to_start_from_decide_the_hash_by_their_content(tmp_path):

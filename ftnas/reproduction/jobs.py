@@ -137,6 +137,7 @@ class Job:
                 del recipe["compute"][same_results]
         for search in (plain[name] for name in SEARCHES if plain[name]):
             search["space"] = _space(search["space"])
+            del search["joint_forwards"]  # as those of a recipe
         if self.config.hardware.defects is not None:
             plain["hardware"]["defects"] = _sha256(self.config.hardware.defects, "hardware.defects")
         return {key: value for key, value in plain.items() if key not in _ELSEWHERE}

@@ -597,6 +597,15 @@ def test_a_table_joins_what_was_run_in_several_places(tmp_path, capsys, monkeypa
     assert code == 0 and all(line in again.splitlines() for line in cells[0])
     assert reproduce(one, *earlier) == (0, whole)
 
+    # a search may find another network on another machine
+    grown = [{**line, "params": line["params"] + line["seed"]} for line in lines[2]]
+    (tmp_path / "grown").mkdir()
+    (tmp_path / "grown" / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in grown))
+    code, text = reproduce(tmp_path / "empty", "--report", "--earlier", tmp_path / "grown")
+    params = lines[2][0]["params"]
+    assert f"different networks**, which a mean mixes: {params} parameters (seed 0); {params + 1} parameters" in text
+    assert "different networks" not in again
+
     # what contradicts is told, and the last one taken, unless the cache has its own
     other = [{**line, "accuracy": {"mibb": {"0": [0.25], "0.001": [0.25, 0.25]}}} for line in lines[2]]
     (tmp_path / "other").mkdir()

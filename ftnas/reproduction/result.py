@@ -162,8 +162,23 @@ def to_markdown(outcome: Outcome) -> str:
         lines += _orderings(outcome.results)
     lines += [f"- {entry.row.name}: {entry.row.note}" for entry in outcome.planned if entry.row.note]
     lines += [f"- {row}: the rate protocol kept {rates}." for row, rates in _kept_rates(outcome).items()]
+    lines += _mixed(outcome)
     lines += _taken(outcome)
     return "\n".join([*lines, "", *_how(outcome)]) + "\n"
+
+
+def _mixed(outcome: Outcome) -> list[str]:
+    """Return lines on rows whose trainings are of several networks: a search that is run anew may find another."""
+    sizes: dict[str, dict[tuple[int, int], list[str]]] = {}
+    for run in runs(outcome.planned, outcome.earlier):
+        sizes.setdefault(run.row, {}).setdefault((run.params, run.flops), []).append(str(run.seed))
+    return [
+        f"- {row}: **its trainings are of different networks**, which a mean mixes: "
+        + "; ".join(f"{params} parameters (seed {', '.join(seeds)})" for (params, _), seeds in found.items())
+        + "."
+        for row, found in sizes.items()
+        if len(found) > 1
+    ]
 
 
 def _taken(outcome: Outcome) -> list[str]:

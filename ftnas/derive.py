@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ftnas.candidates import Candidates, Terms, scored
+from ftnas.candidates import Candidates, Terms, num_scored, scored
 from ftnas.controllers import Controller
 from ftnas.data import ImageSet
 from ftnas.evaluate import Score, score
@@ -21,6 +24,9 @@ from ftnas.search_settings import DeriveConfig
 from ftnas.space import Genotype, Space, Supernet, build_network
 from ftnas.train import fit
 
+MOST_BYTES = 2**29
+"""Of decoded images that are held at once for all candidates."""
+_FLOAT_BYTES = 4
 WINNER = "genotype.json"
 RANKING = "ranking.json"
 
@@ -67,7 +73,7 @@ def derive(
     """
     sampled = _distinct(controller, config.samples)
     rank = _Scorer(candidates, hardware, controller_images, alpha_r, batch_size, seed)
-    with track(f"{title}: derive", len(sampled)) as progress:
+    with track(f"{title}: derive", rank.parts * len(sampled)) as progress:
         found = rank.shared(sampled, config.draws, "derive", done=progress.advance)
     ranked = list(zip(sampled, found, strict=True))
     ranked.sort(key=lambda pair: -pair[1].reward)
@@ -115,28 +121,62 @@ def _distinct(controller: Controller, num: int) -> list[Genotype]:
 
 
 class _Scorer:
-    """Scores candidates on all images of the controller split, on common draws."""
+    """Scores candidates on all images of the controller split, on common draws.
+
+    The images come in one random order for all candidates: a supernet normalises by the statistics of the batch, which
+    are those that it was trained with where the classes are mixed, and files lie class by class.
+    """
 
     def __init__(
         self, candidates: Candidates, hardware: Hardware, images: ImageSet, alpha_r: float, batch_size: int, seed: int
     ) -> None:
         self._candidates, self._hardware, self._images, self._alpha_r = candidates, hardware, images, alpha_r
         self._batch_size, self._seed = batch_size, seed
+        of_a_batch = _FLOAT_BYTES * batch_size * math.prod(images.shape)
+        self._at_once = max(1, MOST_BYTES // of_a_batch)
+
+    @property
+    def parts(self) -> int:
+        """How often `shared` goes through the genotypes, each time with other images."""
+        return max(1, math.ceil(num_scored(self._images.num_images, self._batch_size) / self._at_once))
 
     def shared(
         self, genotypes: Sequence[Genotype], draws: int, purpose: str, *, done: Callable[[], None] = lambda: None
     ) -> list[Score]:
         """Score paths of the supernet, in order; its weights are quantized once for all of them."""
-        batches = list(scored(self._images.batches(self._batch_size), self._batch_size))
+        batches = scored(self._batches(), self._batch_size)
+        found: list[Score] = []
+        first, images_before = 0, 0
         with self._candidates.weights(seed_for(self._seed, purpose)):
-            return self._candidates.score(genotypes, batches, Terms(self._alpha_r, draws), done=done)
+            while part := list(itertools.islice(batches, self._at_once)):
+                terms = Terms(self._alpha_r, draws, first_draw=first * draws)
+                new = self._candidates.score(genotypes, part, terms, done=done)
+                images = sum(len(labels) for _, labels in part)
+                found = [self._joined(a, images_before, b, images) for a, b in zip(found or new, new, strict=True)]
+                first, images_before = first + len(part), images_before + images
+        return found
 
     def trained(self, model: Any, draws: int) -> Score:
         """Score a discrete network with its running statistics."""
         model.eval()
         with self._hardware.inject(model, seed=seed_for(self._seed, "final"), errors="soft") as injection:
-            batches = self._images.batches(self._batch_size)
-            return score(model, injection, batches, alpha_r=self._alpha_r, draws=draws)
+            return score(model, injection, self._batches(), alpha_r=self._alpha_r, draws=draws)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._images.batches(self._batch_size, seed=seed_for(self._seed, "derive-order"))
+
+    def _joined(self, one: Score, images: int, other: Score, others: int) -> Score:
+        """Return the score over the images of both, 0 where one part failed; ``other`` where there are none before."""
+        if not images:
+            return other
+        if 0.0 in (one.clean, other.clean):
+            return Score(clean=0.0, faulty=0.0, reward=0.0)
+        share = images / (images + others)
+        clean = share * one.clean + (1.0 - share) * other.clean
+        faulty = None
+        if one.faulty is not None and other.faulty is not None:
+            faulty = share * one.faulty + (1.0 - share) * other.faulty
+        return Score(clean, faulty, (1.0 - self._alpha_r) * clean + self._alpha_r * (faulty or 0.0))
 
 
 def _untrained(genotype: Genotype, supernet: Supernet, limits: Limits, images: ImageSet, seed: int) -> Any:

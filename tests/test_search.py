@@ -51,9 +51,9 @@ MIBB = {"name": "mibb", "mac_error_rate": 0.003}
 ADSAF = {"name": "adsaf", "cells": "differential", "stuck_at": "max"}
 
 
-def make_search(space, folder, *, epochs=3, fault=MIBB, **changes):
+def make_search(space, folder, *, epochs=3, fault=MIBB, images=None, **changes):
     torch.set_num_threads(1)
-    images = load(DataConfig(name="digits"), "train").subset(torch.arange(160))
+    images = images or load(DataConfig(name="digits"), "train").subset(torch.arange(160))
     first, second = stratified_split(images.labels, 0.8, seed=0)
     settings = {
         "space": str(space),

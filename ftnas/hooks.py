@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ftnas.undisturbed import version
+
 
 def on_output(
     module: nn.Module,
@@ -68,8 +70,3 @@ def on_output(
             handle.remove()
 
     return remove
-
-
-def version(tensor: Tensor) -> int:
-    """Return how often a tensor was changed in place; -1 where nothing counts that."""
-    return -1 if tensor.is_inference() else tensor._version

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ftnas.campaign import Subject
 from ftnas.data import ImageSet
+from ftnas.dataflow import trace_feature_points
 from ftnas.evaluate import answers
 from ftnas.faults.hardware import AnyFault, Hardware
 from ftnas.faults.select import LAYER_TYPES, exactly, macs_per_output
-from ftnas.faults.trace import trace_feature_points
 from ftnas.models import about
 from ftnas.progress import Tracker, track
 from ftnas.quantize import SMALLEST_RANGE

@@ -113,10 +113,34 @@ def chain(module: nn.Module) -> parametrize.ParametrizationList:
     return cast(parametrize.ParametrizationList, module.parametrizations.weight)  # type: ignore[union-attr]
 
 
+def put_on(module: nn.Module, parametrization: nn.Module) -> None:
+    """Add a parametrization of a layer's weight, which stays the tensor that it is.
+
+    torch's own way sets the tensor to itself. That counts as a change in place, and the gradient of a parameter then
+    gets past what hangs on the end of its graph: under DistributedDataParallel it is averaged no longer.
+    """
+    tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    own = next((table for table in tables if table.get("weight") is not None), None)
+    if own is None:
+        parametrize.register_parametrization(module, "weight", parametrization, unsafe=True)
+        return
+    weight: Tensor = own["weight"]
+    stand_in = torch.empty(0, dtype=weight.dtype, device=weight.device)
+    learns = isinstance(weight, nn.Parameter)
+    own["weight"] = nn.Parameter(stand_in, requires_grad=weight.requires_grad) if learns else stand_in
+    try:
+        parametrize.register_parametrization(module, "weight", parametrization, unsafe=True)
+    except BaseException:
+        own["weight"] = weight
+        raise
+    held: dict[str, Any] = chain(module)._parameters if learns else chain(module)._buffers
+    held["original"] = weight
+
+
 def attach(module: nn.Module, saturated: Saturated) -> None:
     """Saturate a layer in place."""
     alone = not parametrize.is_parametrized(module, "weight")
-    parametrize.register_parametrization(module, "weight", saturated)
+    put_on(module, saturated)
     if alone:
         # torch refuses to pickle what is parametrized, since the class is made on the fly; ours can be made again
         type(module).__reduce_ex__ = _reduce  # type: ignore[method-assign,assignment]
@@ -125,13 +149,13 @@ def attach(module: nn.Module, saturated: Saturated) -> None:
 
 
 def detach(module: nn.Module) -> None:
-    """Fold the function of a saturated layer, the only parametrization that it has, into a plain weight."""
+    """Take the function of a saturated layer, the only parametrization that it has, off its weight."""
     order = [*module._parameters]
     _remove_hooks(module)
     # torch deletes the property from the class, which a deep copy shares with its original: give the module its own
     shared = type(module)
     module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
-    parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     for parameter in order:  # the weight came back as the last one; it stood before a bias
         module._parameters[parameter] = module._parameters.pop(parameter)
 

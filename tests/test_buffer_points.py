@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -10,11 +11,11 @@ from test_networks import all_of, images, make_supernet, small
 from torch import nn
 
 from ftnas import FixedPoint, inject, rng
+from ftnas.dataflow import trace_feature_points
 from ftnas.faults import FeatureBitFlip, NeuronCrash
-from ftnas.faults.trace import trace_feature_points
 from ftnas.space.genotype import Genotype
 from ftnas.space.network import build_network
-from ftnas.space.ops import activated_points
+from ftnas.space.points import activated_points
 from ftnas.space.supernet import copy_path
 
 
@@ -68,3 +69,61 @@ def test_supernet_and_discrete_network_store_the_same_buffer_values(fault):
                 outs.append(model(*arguments))
             assert injection.record.hits == injection.record.sites > 0
         assert torch.allclose(outs[0], outs[1], atol=1e-3)
+
+
+OWN = """
+import torch.nn.functional as F
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, *, in_channels, out_channels, stride, affine):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, affine=affine)
+
+    def forward(self, x):
+        return self.bn(self.conv(F.relu(x)))
+
+
+def within(*, in_channels, out_channels, stride, affine):
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(nn.Sequential(conv), nn.BatchNorm2d(out_channels, affine=affine))
+
+
+def mish(*, in_channels, out_channels, stride, affine):
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels, affine=affine), nn.Mish())
+"""
+
+
+@pytest.mark.parametrize("name", ["Block", "within", "mish"])
+@pytest.mark.parametrize("build", ["network", "supernet"])
+def test_feature_points_of_own_primitives_are_found_by_data_flow(name, build, tmp_path, monkeypatch):
+    (tmp_path / "own_edges.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    op = f"own_edges:{name}"
+    space = small(primitives=("skip", op), nodes=4)
+    genotype = all_of(space, (0, 1, op, op), (1, 2, op, op))
+    if build == "network":
+        model = build_network(genotype, space, num_classes=5, in_channels=1).eval()
+        forward = model
+    else:
+        model = make_supernet(space)
+        forward = functools.partial(model, genotype=genotype)
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    edges = {name for name in norms if not any(part in name for part in ("preprocess", "stem", "skip"))}
+    assert edges and edges <= set(model.feature_points().values())
+    seen = {}
+
+    def look(name, _module, _inputs, output):
+        seen[name] = len(output.unique())
+
+    with torch.no_grad(), inject(model, quantization=FixedPoint(bits=4)):
+        modules = dict(model.named_modules())
+        for edge in edges:
+            modules[edge].register_forward_hook(functools.partial(look, edge))
+        forward(images())
+    assert len(seen) >= 4 * len(model.cells) and set(seen) <= edges and max(seen.values()) <= 16
+    activated = {edge for edge in edges if name == "mish"}
+    assert {model.feature_points().get(layer) for layer in model.activated_points()} >= activated

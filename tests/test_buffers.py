@@ -13,8 +13,8 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
 from ftnas import inject
+from ftnas.dataflow import trace_feature_points
 from ftnas.faults import FeatureBitFlip, NeuronByzantine, NeuronCrash
-from ftnas.faults.trace import trace_feature_points
 from ftnas.rng import generator
 
 FLIPS = FeatureBitFlip(bit_error_rate=0.05)

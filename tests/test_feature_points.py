@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ftnas import inject
+from ftnas.dataflow import trace_feature_points
 from ftnas.faults import MiBB
-from ftnas.faults.trace import trace_feature_points
 from ftnas.quantize import FixedPoint
 
 

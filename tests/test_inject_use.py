@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from ftnas import FixedPoint, inject
-from ftnas.faults import FAULTS, MiBB, Site
+from ftnas.faults import FAULTS, MiBB, NeuronCrash, Site
 
 
 @pytest.fixture(params=MODELS)
@@ -300,17 +300,24 @@ def test_a_mistake_is_one_line(mistake, message):
 
 
 @pytest.mark.parametrize("inner", [lambda m: m, lambda m: m[1], lambda m: nn.Sequential(m)])
-def test_one_injection_at_a_time(inner):
+@pytest.mark.parametrize(("fault", "formats"), [(MIBB, FIXED), (NeuronCrash(rate=0.5), None)])
+def test_one_injection_at_a_time(inner, fault, formats):
     model = create("residual")
     before = snapshot(model)
-    with inject(model, MIBB, quantization=FIXED):
+    with inject(model, fault, quantization=formats) as injection:
+        model(images())
+        sites = injection.record.sites
         with (
             pytest.raises(ValueError, match="the model has an injection already"),
-            inject(inner(model), ADSAF, quantization=FIXED),
+            inject(inner(model), NeuronCrash(rate=0.5)),
         ):
             pass
         model(images())
+        assert injection.record.sites == 2 * sites
     assert snapshot(model) == before
+    part = inner(model)
+    with inject(part, fault, quantization=formats):  # afterwards it may be
+        part(model[0](images()) if part is model[1] else images())
 
 
 def test_an_injection_is_entered_once_at_a_time():

@@ -6,6 +6,7 @@ import copy
 import math
 import random
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from ftnas import bound, devices, inject, rng
+from ftnas.dataflow import trace_feature_points
 from ftnas.evaluate import score
 from ftnas.faults import (
     AdSAF,
@@ -31,7 +33,6 @@ from ftnas.faults import (
 )
 from ftnas.faults.bounds import FeatureBound, WeightBound, stored_bound
 from ftnas.faults.saturation import power_of_two
-from ftnas.faults.trace import trace_feature_points
 from ftnas.quantize import FixedPoint
 from ftnas.regularizers import Dropout, Regularization
 
@@ -453,8 +454,61 @@ def test_words_are_no_wider_than_the_numbers_of_the_model_hold(dtype, bits):
         model(X.to(dtype))
     if dtype != torch.float32:
         assert not torch.equal((every * 2 + 1).to(dtype).double(), every * 2 + 1)
-        with pytest.raises(ValueError, match=f"up to {bits} bits exactly, and quantization has {bits + 1}"):
+        with pytest.raises(ValueError, match=f"up to {bits} bits exactly, and there are words of {bits + 1}"):
             inject(model, quantization=FixedPoint(bits=bits + 1))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_words_are_no_wider_than_autocast_holds(inside):
+    class Casting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 8)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16) if inside else nullcontext():
+                return self.layer(x)
+
+    def run(bits):
+        flips = FeatureBitFlip(bit_error_rate=0.5, where={"bits": (0, 1)})
+        model, x = Casting().eval(), torch.randn(64, 16)
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=not inside),
+            inject(model, flips, quantization=FixedPoint(bits=bits)) as injection,
+        ):
+            faulty = model(x)
+            with injection.paused():
+                return int((faulty != model(x)).sum()), injection.record.hits
+
+    changed, hits = run(9)
+    assert abs(changed - 384) < 60 and hits > changed  # three words of four, by one bit or two
+    with pytest.raises(ValueError, match="computes in torch.bfloat16, which holds words of up to 9 bits"):
+        run(10)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words", "fits"),
+    [
+        (torch.bfloat16, "fp32", False),
+        (torch.float16, "fp32", False),
+        (torch.float16, "bf16", False),
+        (torch.bfloat16, "fp16", False),
+        (torch.bfloat16, "bf16", True),
+        (torch.float16, "fp16", True),
+        (torch.float32, "bf16", True),
+        (torch.float64, "fp32", True),
+    ],
+)
+def test_float_words_are_no_wider_than_the_numbers_of_the_model(dtype, words, fits):
+    model, flips = nn.Linear(8, 8).to(dtype), WeightBitFlip(bit_error_rate=0.1, dtype=words)
+    if not fits:
+        with pytest.raises(ValueError, match=f"does not hold the words of {words}"):
+            inject(model, flips)
+        return
+    with torch.no_grad(), inject(model, flips) as injection:
+        model(torch.randn(2, 8, dtype=dtype))
+    assert injection.record.hits > 0
 
 
 def test_lazy_layers_are_refused_before_their_first_forward():

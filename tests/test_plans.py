@@ -332,3 +332,14 @@ def test_changes_are_kept_only_when_asked_for():
         model(torch.randn(2, 3, 8, 8, generator=gen()))
     with pytest.raises(ValueError, match=r"inject\(..., watch=True\)"):
         injection.changes()
+
+
+def test_replay_refuses_plans_for_layers_that_the_model_lacks():
+    model = create("plain")
+    _, plans = drawn_plans(MiBB(mac_error_rate=0.01), model)
+    other = PlanSet(plans.faults, {(fault, "nope", call): plan for (fault, _, call), plan in plans.plans.items()})
+    with torch.no_grad(), inject(model, plans=plans, quantization=FIXED) as injection:
+        before = model(images())
+        with pytest.raises(ValueError, match="the plans hit a layer 'nope' that the model lacks"):
+            injection.replay(other)
+        assert torch.equal(model(images()), before)

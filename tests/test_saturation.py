@@ -11,7 +11,7 @@ from injected import create, images, rounded, snapshot
 from torch import nn
 
 import ftnas
-from ftnas import FixedPoint, inject
+from ftnas import FixedPoint, inject, rng
 from ftnas.faults import AdSAF, Plan, PlanSet, WeightBitFlip
 from ftnas.faults.saturation import Saturation, check_functions, power_of_two, saturations
 
@@ -288,3 +288,35 @@ def test_a_parametrization_of_the_models_own_comes_before_the_memory():
     assert snapshot(model) == before
     with pytest.raises(ValueError, match="layer '3' has a parametrization of its own"):
         ftnas.unsaturate(model)
+
+
+def tied(function=None, *, layers=None):
+    with rng.isolated(0, "tied"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval()
+    model[2].weight = model[0].weight
+    if function is not None:
+        ftnas.saturate(model, function, layers=layers)
+    return model
+
+
+def test_a_weight_that_layers_share_is_folded_once():
+    model, x = tied("tanh"), torch.randn(3, 4)
+    before = model(x)
+    ftnas.unsaturate(model)
+    assert torch.equal(model(x), before) and model[0].weight is model[2].weight
+
+
+@pytest.mark.parametrize("other", ["plain", "softsign", "embedding"])
+def test_a_weight_that_layers_read_in_two_ways_is_not_folded(other):
+    model = tied("tanh", layers="0")
+    if other == "softsign":
+        ftnas.saturate(model, "softsign", layers="2")
+    if other == "embedding":
+        model = nn.ModuleList([nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)])
+        model[1].weight = model[0].weight
+        ftnas.saturate(model, "tanh")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="shares? (a|its) weight.*give them weights of their own"):
+        ftnas.unsaturate(model)
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

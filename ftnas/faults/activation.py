@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ftnas.faults.trace import Call, is_activation
+from ftnas.dataflow import Call, is_activation
 from ftnas.quantize import Grid
 
 Meet = Callable[[Call, Tensor, Grid | None], Tensor]

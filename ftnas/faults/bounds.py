@@ -33,10 +33,10 @@ from torch.nn.utils import parametrize
 
 from ftnas.faults.saturation import FUNCTIONS, Saturation, power_of_two, standard_deviation
 from ftnas.faults.select import find_layers, select_layers
-from ftnas.faults.trace import undisturbed
 from ftnas.quantize import SMALLEST_RANGE
 from ftnas.saturated import after_memory
 from ftnas.settings import Positive, Settings
+from ftnas.undisturbed import undisturbed
 
 WEIGHT, FEATURE = "weight_bound", "feature_bound"
 RULE = "feature_function"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ftnas.dataflow import Call
 from ftnas.faults.activation import ActivationMode
 from ftnas.faults.ahead import Ahead
 from ftnas.faults.base import Fault, Site
@@ -22,13 +23,13 @@ from ftnas.faults.hits import Hits
 from ftnas.faults.joint import Joint
 from ftnas.faults.memory import mark, restrict_range
 from ftnas.faults.outage import Outages
-from ftnas.faults.place import feature_site, weight_site
+from ftnas.faults.place import check_forward, check_output, feature_site, most_bits, occupy, weight_site
 from ftnas.faults.plans import PlanSet
 from ftnas.faults.record import InjectionRecord, Tally
 from ftnas.faults.select import LAYER_TYPES, find_layers, is_ours
-from ftnas.faults.stored import SharedWeights, after_memory, check_not_cached, is_stored, store_weight
+from ftnas.faults.stored import SharedWeights, after_memory, check_not_cached, store_weight
 from ftnas.faults.together import Together
-from ftnas.faults.trace import Call, FeaturePoints, find_feature_points, running_layers
+from ftnas.faults.trace import FeaturePoints, find_feature_points, running_layers
 from ftnas.quantize import FixedPoint, FloatFormat, Grid, Rounded, straight_through
 from ftnas.rng import integer
 
@@ -65,6 +66,7 @@ class Injection:
         self._layers = find_layers(model)
         self._faults = tuple(faults)
         self._weight_format, self._feature_format = formats
+        self._bits = most_bits(*formats)
         self.drawings, self.outages = drawings, outages
         self._weights, self._features, self._buffers = drawings
         rounds = any(placed.fault.needs_quantization for placed in self._buffers.placed)
@@ -108,6 +110,7 @@ class Injection:
         """Use other plans from the next forward on, in an injection that was made with plans of the same faults."""
         if plans.faults != self._faults or self._weights.given is None:
             raise ValueError("replay takes plans of the fault models that the injection was made with, by plans=")
+        plans.check_layers(self._layers)
         for drawing in self.drawings:
             drawing.replay(plans.plans)
         self._replays += 1
@@ -154,8 +157,6 @@ class Injection:
     def __enter__(self) -> Injection:
         if self._undo:
             raise ValueError("this injection is entered already; make another one with inject(...)")
-        if any(is_stored(module) for module in self._layers.values()):
-            raise ValueError("the model has an injection already; give all faults to one inject(model, ...)")
         try:
             self._attach()
         except BaseException:
@@ -174,6 +175,7 @@ class Injection:
 
     def _attach(self) -> None:
         root, undo = self._model, self._undo
+        undo.append(occupy(root))
         undo.append(root.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True).remove)
         if self._sees_features:
             for name, module in root.named_modules():
@@ -217,6 +219,7 @@ class Injection:
             return
         self._stop()  # a forward that was interrupted from the keyboard has not ended
         check_not_cached(self._layers.values())
+        check_forward()
         if module.training not in self._points and self._sees_features:
             self.finding = True
             try:
@@ -262,6 +265,7 @@ class Injection:
         if self.finding:
             return None
         self._check_running(name, module, inputs)
+        check_output(name, output, self._bits)
         index = self._counts.get(name, 0)
         self._counts[name] = index + 1
         owner = self._points[self._model.training].owner((name, index), isinstance(module, LAYER_TYPES))

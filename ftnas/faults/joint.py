@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ftnas.dataflow import Call
 from ftnas.faults.ahead import Ahead
 from ftnas.faults.bounds import FEATURE, WEIGHT, bound_of
 from ftnas.faults.drawing import Drawings
@@ -26,7 +27,6 @@ from ftnas.faults.hits import Hits
 from ftnas.faults.place import feature_site
 from ftnas.faults.stored import Ready, SharedWeights
 from ftnas.faults.together import is_usual
-from ftnas.faults.trace import Call
 from ftnas.quantize import FixedPoint, Grid
 
 HALVES = 2

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -125,23 +127,94 @@ def weight_format(given: FixedPoint | None, faults: Sequence[Fault]) -> FixedPoi
     return next(iter(formats), given)
 
 
+def most_bits(weights: FixedPoint | FloatFormat | None, features: FixedPoint | None) -> int:
+    """Return the width of the widest word of fixed point; 0 without one."""
+    return max((form.bits for form in (weights, features) if isinstance(form, FixedPoint)), default=0)
+
+
 def check_words(
     layers: Mapping[str, nn.Module], weights: FixedPoint | FloatFormat | None, features: FixedPoint | None
 ) -> None:
-    """Refuse words of fixed point that the numbers of a layer do not hold exactly.
+    """Refuse words that the numbers of a layer do not hold exactly.
 
     Raises:
-        ValueError: One line: the layer, its number format, and how many bits it holds.
+        ValueError: One line: the layer, its number format, and what it does not hold.
     """
-    bits = max((form.bits for form in (weights, features) if isinstance(form, FixedPoint)), default=0)
+    bits = most_bits(weights, features)
     for name, layer in layers.items():
-        dtype = next((tensor.dtype for tensor in layer.parameters() if tensor.is_floating_point()), torch.float64)
-        most = 2 - round(math.log2(torch.finfo(dtype).eps))  # a word of one bit more than a number has digits
-        if bits > most:
+        numbers = (tensor.dtype for tensor in layer.parameters() if tensor.is_floating_point() or tensor.is_complex())
+        dtype = next(numbers, torch.float64)
+        if dtype.is_complex:
+            raise ValueError(f"layer {name!r} is {dtype}, and faults know words of real numbers alone")
+        check_held(name, dtype, bits)
+        if isinstance(weights, FloatFormat) and torch.promote_types(dtype, weights.torch_dtype) != dtype:
             raise ValueError(
-                f"layer {name!r} of {dtype} holds words of up to {most} bits exactly, and quantization has {bits}; use "
-                "fewer bits, or model.float()"
+                f"layer {name!r} of {dtype} does not hold the words of {weights.dtype}, so that hits would vanish; use "
+                "model.float(), or the format that it has"
             )
+
+
+def check_held(layer: str, dtype: torch.dtype, bits: int) -> None:
+    """Refuse words of fixed point of more bits than numbers of a dtype hold exactly.
+
+    Raises:
+        ValueError: One line.
+    """
+    most = _digits(dtype)
+    if bits > most:
+        raise ValueError(
+            f"layer {layer!r} computes in {dtype}, which holds words of up to {most} bits exactly, and there are words "
+            f"of {bits}; use fewer bits, or float32 (model.float(), no autocast)"
+        )
+
+
+@cache
+def _digits(dtype: torch.dtype) -> int:
+    return 2 - round(math.log2(torch.finfo(dtype).eps))  # a word of one bit more than a number has digits
+
+
+def check_output(layer: str, output: Tensor, bits: int) -> None:
+    """Refuse a feature that faults cannot go into: nested tensors, and numbers that do not hold words of so many bits.
+
+    Raises:
+        ValueError: One line.
+    """
+    if output.is_nested:
+        raise ValueError(
+            f"layer {layer!r} gives a nested tensor, which has no places that faults could hit; pad the batch "
+            "(nn.TransformerEncoder: enable_nested_tensor=False)"
+        )
+    if bits and output.dtype != torch.float32:
+        check_held(layer, output.dtype, bits)
+
+
+def check_forward() -> None:
+    """Refuse a forward inside a function transform of torch, which our rounding does not know.
+
+    Raises:
+        ValueError: One line.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            "the model runs within a transform of torch.func (vmap, grad, jvp, ...), which faults and quantization do "
+            "not know; call it outside, and use torch.autograd for gradients"
+        )
+
+
+_ENTERED: WeakSet[nn.Module] = WeakSet()
+
+
+def occupy(model: nn.Module) -> Callable[[], None]:
+    """Take note that an injection is at work in a model; return what ends that.
+
+    Raises:
+        ValueError: One is already, in the model or in a part of it.
+    """
+    modules = list(model.modules())
+    if any(module in _ENTERED for module in modules):
+        raise ValueError("the model has an injection already; give all faults to one inject(model, ...)")
+    _ENTERED.update(modules)
+    return partial(_ENTERED.difference_update, modules)
 
 
 def weight_site(layer: str, module: nn.Module, weight: Tensor, form: FixedPoint | FloatFormat | None) -> Site:

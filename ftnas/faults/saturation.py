@@ -17,13 +17,17 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
+import torch
 from pydantic import field_validator, model_validator
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ftnas.faults.select import Layers, exactly, find_layers, select_layers
 from ftnas.faults.stored import is_stored
 from ftnas.saturated import FUNCTIONS, MARK, Saturated, after_memory, attach, chain, check_mark, detach
 from ftnas.settings import Positive, Settings, did_you_mean
+
+_UNTIE = "; give them weights of their own before unsaturate"
 
 
 class Saturation(Settings):
@@ -135,8 +139,8 @@ def unsaturate(model: nn.Module) -> nn.Module:
     """Fold the functions into plain weights, in place; the model computes what it did, bit for bit.
 
     Raises:
-        ValueError: One line: nothing is saturated, the model is inside ``inject``, or a layer has a parametrization of
-            the model's own, which cannot be folded.
+        ValueError: One line: nothing is saturated, the model is inside ``inject``, a layer has a parametrization of
+            the model's own, which cannot be folded, or shares its weight with one that reads it in another way.
     """
     layers = find_layers(model)
     names = list(saturations(model))
@@ -149,9 +153,35 @@ def unsaturate(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"layer {name!r} has a parametrization of its own, which cannot be folded; remove it first"
             )
+    folded = _folded(model, {name: layers[name] for name in names})
     for name in names:
         detach(layers[name])
+    with torch.no_grad():
+        for weight, values in folded:
+            weight.copy_(values)
     return model
+
+
+def _folded(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """Return the stored weights of saturated layers, each once, and what the layers compute with.
+
+    Raises:
+        ValueError: A weight is shared with a layer that reads it in another way.
+    """
+    weights: dict[int, tuple[Tensor, Tensor, str, str]] = {}
+    for name, module in layers.items():
+        weight, how = chain(module).original, saturations(model)[name].identity
+        _, _, first, other = weights.setdefault(id(weight), (weight, cast(Tensor, module.weight).detach(), name, how))
+        if other != how:
+            raise ValueError(f"layers {first!r} ({other}) and {name!r} ({how}) share a weight{_UNTIE}")
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, parametrize.ParametrizationList) or name in layers:
+            continue
+        for own in module._parameters.values():
+            if own is not None and id(own) in weights and module not in layers.values():
+                first = weights[id(own)][2]
+                raise ValueError(f"layer {first!r} shares its weight with {name!r}, which reads it as it is{_UNTIE}")
+    return [(weight, values) for weight, values, *_ in weights.values()]
 
 
 def saturations(model: nn.Module) -> dict[str, Saturated]:

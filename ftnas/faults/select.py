@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ftnas.dataflow import LAYER_TYPES
 from ftnas.settings import did_you_mean
 
-LAYER_TYPES = (nn.Conv2d, nn.Linear)
 TYPE_NAMES: dict[str, type[nn.Module]] = {"conv2d": nn.Conv2d, "linear": nn.Linear}
 _NAME = "name:"
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from ftnas.faults.base import Plan
 from ftnas.quantize import Grid, Rounded
-from ftnas.saturated import after_memory, inner_name, plain_name
+from ftnas.saturated import after_memory, inner_name, plain_name, put_on
 
 
 @dataclass
@@ -92,6 +92,13 @@ class StoredWeight(nn.Module):
         with torch._C.DisableTorchFunction():  # our own arithmetic is no business of any function mode
             return self._read(weight)
 
+    def right_inverse(self, _value: Tensor) -> Tensor:
+        """Refuse an assignment to the weight, also by ``torch.func.functional_call``."""
+        raise NotImplementedError(
+            f"the weight of layer {self._layer!r} cannot be assigned inside inject(...), nor by functional_call; load "
+            "the weights before the block, or by load_state_dict in it"
+        )
+
     def _read(self, weight: Tensor) -> Tensor:
         """Return what is read; what was kept, if nothing has changed."""
         bound = self._reader.weight_bound(self._layer)
@@ -158,7 +165,7 @@ def store_weight(module: nn.Module, reader: Reader, layer: str) -> Callable[[], 
     if alone and parametrize.is_parametrized(module):  # by another tensor: copies of the module share its class
         module.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
     stored = StoredWeight(reader, layer)
-    parametrize.register_parametrization(module, "weight", stored, unsafe=True)
+    put_on(module, stored)
     chain = cast(parametrize.ParametrizationList, module.parametrizations.weight)  # type: ignore[union-attr]
     later = after_memory(module)
     if later is not None:  # the memory comes before what is applied to what is read from it

@@ -16,7 +16,8 @@ from ftnas.models import load_model
 from ftnas.reproduction.jobs import cost, trained
 from ftnas.reproduction.study import Planned, Study
 from ftnas.rng import generator
-from ftnas.space.ops import activated_points, feature_points, make_primitive, make_stem, relu_conv_bn
+from ftnas.space.ops import make_primitive, make_stem, relu_conv_bn
+from ftnas.space.points import activated_points, feature_points
 from ftnas.stats import Interval, paired_difference
 from ftnas.storage import atomic_write
 from ftnas.trainings import MODEL

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftnas.space.ops import activated_points, dropout, feature_points, make_preprocess, make_stem, zeros_like_output
+from ftnas.space.ops import dropout, make_preprocess, make_stem, zeros_like_output
+from ftnas.space.points import activated_points, feature_points
 from ftnas.space.space import NUM_INPUTS, CellPlan, Space
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -29,6 +29,9 @@ class Primitive(Protocol):
         """Return a new module."""
 
 
+OWN = "_channels_of_an_own_primitive"
+"""Attribute of the module of a primitive that is not of this file: the channels of its input."""
+
 PRIMITIVES: Registry[Primitive] = Registry("primitive")
 
 
@@ -44,6 +47,8 @@ def make_primitive(
     module = factory(in_channels=in_channels, out_channels=out_channels, stride=stride, affine=affine)
     if not isinstance(module, nn.Module):
         raise ValueError(f"primitive {name!r}: must make a torch.nn.Module, got {type(module).__name__}")
+    if getattr(factory, "__module__", "") != __name__:
+        setattr(module, OWN, in_channels)
     return module
 
 
@@ -183,48 +188,6 @@ def dropout(x: Tensor, rate: float, *, generator: torch.Generator | None, copies
     drawn = torch.rand(shape, generator=generator, device=generator.device).to(x.device)
     factors = (drawn >= rate).to(x.dtype) / (1.0 - rate)
     return x * (factors if copies == 1 else factors.repeat_interleave(copies, dim=0))
-
-
-def feature_points(root: nn.Module) -> dict[str, str]:
-    """Return, for each Conv2d whose output goes to one BatchNorm2d alone, both modules' names.
-
-    Read from the order inside every plain ``nn.Sequential``, so that it needs no forward. The convolutions of a
-    factorised reduction are not in it: their outputs are concatenated before the BatchNorm.
-    """
-    return {
-        layer: norm
-        for children in _sequences(root)
-        for (layer, conv), (norm, bn) in zip(children, children[1:], strict=False)
-        if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)
-    }
-
-
-def activated_points(root: nn.Module) -> frozenset[str]:
-    """Return the names of the Conv2d whose feature point goes to an activation function alone.
-
-    Read from the order inside every plain ``nn.Sequential``, as `feature_points` is: the first half of a separable
-    convolution. What leaves the Sequential is read by any number of edges, each with an activation function of its own
-    or none, so that the feature point itself is what is stored.
-    """
-    found = set()
-    for children in _sequences(root):
-        for index, (name, conv) in enumerate(children):
-            rest = [module for _, module in children[index + 1 :]]
-            if rest and isinstance(rest[0], nn.BatchNorm2d):
-                rest = rest[1:]
-            if isinstance(conv, nn.Conv2d) and rest and isinstance(rest[0], _ACTIVATIONS):
-                found.add(name)
-    return frozenset(found)
-
-
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Tanh)
-
-
-def _sequences(root: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
-    """Yield the children of every plain ``nn.Sequential``, each with its full name."""
-    for prefix, module in root.named_modules():
-        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-            yield [(f"{prefix}.{name}", child) for name, child in module.named_children()]
 
 
 def _need_same(name: str, in_channels: int, out_channels: int) -> None:

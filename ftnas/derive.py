@@ -27,6 +27,11 @@ from ftnas.train import fit
 MOST_BYTES = 2**29
 """Of decoded images that are held at once for all candidates."""
 _FLOAT_BYTES = 4
+VERSION = 2
+"""Of what a search chooses: raised where the same config and seed choose another net than before.
+
+1: candidates ranked on images in the order in which they are stored. 2: in random order.
+"""
 WINNER = "genotype.json"
 RANKING = "ranking.json"
 

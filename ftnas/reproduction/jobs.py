@@ -19,7 +19,7 @@ import torch
 from ftnas.campaign import RECORDS, CampaignConfig, Subject, SweepConfig, run_campaign
 from ftnas.config import SEARCHES, RunConfig
 from ftnas.data import DataConfig, ImageSet, load, stratified_split
-from ftnas.derive import WINNER
+from ftnas.derive import VERSION, WINNER
 from ftnas.foresight import check_recipe
 from ftnas.models import count, describe, load_model
 from ftnas.pipeline import Pipeline, pick_device
@@ -74,7 +74,8 @@ class Job:
     @cached_property
     def search_key(self) -> str:
         """Hash of what decides the search."""
-        return _hash({key: value for key, value in self._plain().items() if key != "train"})
+        kept = {key: value for key, value in self._plain().items() if key != "train"}
+        return _hash({**kept, "version": VERSION})
 
     @cached_property
     def key(self) -> str:

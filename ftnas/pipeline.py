@@ -28,7 +28,7 @@ from ftnas.search_settings import SearchConfig
 from ftnas.single import run_single_faults
 from ftnas.space import Genotype
 from ftnas.tolerance import ToleranceConfig, run_tolerance
-from ftnas.trainings import MODEL, STOPPED, Failure, Training, check_failures, train_in_turn
+from ftnas.trainings import MODEL, STOPPED, Failure, Training, check_failures, is_done, train_in_turn
 from ftnas.tuning import train_on_workers
 from ftnas.workers import open_pool
 
@@ -117,10 +117,17 @@ class Pipeline:
                 raise ValueError(f"train.models.{name}.start: no file {model.start}")
             if model.genotype in SEARCHES and not self.run.stage(model.genotype).file(WINNER).exists():
                 continue
+            self._check_space(model)
             training = self._training(name, stage.seeds[0])
             network = build_spec(training.spec, seed=0, allow_factory=True, start=model.start).to(self.device).eval()
             check_network(network, shape, config=self.config, name=name, trains=True)
             self._tried.add(f"train.{name}")
+
+    def _check_space(self, model: ModelConfig) -> None:
+        """Refuse to build what a search found in another space than that of the search."""
+        if model.genotype in SEARCHES and model.space is None:
+            search: SearchConfig = getattr(self.config, model.genotype)
+            check_file(self.run, f"{model.genotype}.space", search.space)
 
     def _makes(self, path: str) -> bool:
         """Whether a file is one that this run has still to make."""
@@ -166,14 +173,18 @@ class Pipeline:
         stage = self.config.train
         if stage is None:
             raise ValueError(f"the config {self.config.name!r} has no train section")
-        trainings = [self._training(name, seed) for name in stage.models for seed in stage.seeds]
-        failures: list[Failure] = []
-        if not all(training.done for training in trainings):
+        wanted = [(name, seed) for name in stage.models for seed in stage.seeds]
+        finished = all(is_done(self._model_folder(*which).path) for which in wanted)
+        if not finished:
             check_file(self.run, "hardware.defects", self.config.hardware.defects)
             for name, model in stage.models.items():
                 for key in ("genotype", "space", "start"):
                     check_file(self.run, f"train.models.{name}.{key}", getattr(model, key))
                 note_factory(self.run, f"train.models.{name}.factory", model.factory)
+                self._check_space(model)
+        trainings = [self._training(*which) for which in wanted]
+        failures: list[Failure] = []
+        if not finished:
             self._check_ahead()
             say_without_effect(self.config, self.device)
             if self.config.pool.workers:

@@ -98,6 +98,35 @@ def test_a_run_does_not_go_on_with_a_file_that_was_changed(setting, tmp_path, ca
     assert ftnas(command, "--resume", run) == 0
 
 
+@pytest.mark.parametrize("which", ["search", "control"])
+def test_what_a_search_found_is_not_trained_in_a_space_that_was_changed(which, tmp_path, capsys):
+    path, run = tmp_path / "space.yaml", tmp_path / "run"
+    write_space(path, 0)
+    before = path.read_bytes()
+    overrides = [*SEARCH, f"search.space={path}"]
+    if which == "control":
+        second = (
+            "control={space: 'FILE', epochs: 1, weights: {batch_size: 64, lr: 0.1, alpha_l: 0.5}, "
+            "controller: {name: random}, controller_steps: 1, derive: {samples: 2, finalists: 1}}"
+        )
+        overrides = [*SEARCH[1:], second.replace("FILE", str(path)), "train.models={searched: {genotype: control}}"]
+    command = "search" if which == "search" else "run"
+    assert ftnas(command, "quickstart", *overrides, "--out", run) == 0
+    for made in run.rglob("model.pt"):
+        made.unlink()  # as in a run that was cut
+    write_space(path, 1)
+    capsys.readouterr()
+    assert ftnas("train", "--resume", run) == 2
+    assert f"error: {which}.space: {path} was changed since {run} began with it" in capsys.readouterr().err
+    path.write_text("{}")  # what is no space any more is told in the same words
+    assert ftnas("train", "--resume", run) == 2
+    assert f"error: {which}.space: {path} was changed since {run} began with it" in capsys.readouterr().err
+    path.write_bytes(before)
+    assert ftnas("train", "--resume", run) == 0
+    spec = torch.load(run / "train" / "model.pt", weights_only=True)["spec"]
+    assert spec["space"]["channels"] == 6
+
+
 @pytest.mark.parametrize("stage", ["train", "campaign"])
 def test_code_of_a_network_that_was_changed_is_told(stage, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)

@@ -23,7 +23,7 @@ from ftnas.protection import run_protection
 from ftnas.ranks import Ranks
 from ftnas.rng import seed_for
 from ftnas.rundir import Folder, RunDir, quoted
-from ftnas.sameness import check_file, check_images, note_factory
+from ftnas.sameness import check_data, check_file, note_factory
 from ftnas.search_settings import SearchConfig
 from ftnas.single import run_single_faults
 from ftnas.space import Genotype
@@ -65,7 +65,7 @@ class Pipeline:
         """The training images, on the device; loaded on first use."""
         if self._train_images is None:
             images = load(self.config.data, "train").to(self.device)
-            check_images(self.run, images, "dataset_digest", "training")
+            check_data(self.run, images.digest, "dataset_digest", "training images")
             self.run.describe(num_classes=len(images.classes))
             self._train_images = images
         return self._train_images
@@ -73,7 +73,7 @@ class Pipeline:
     def _test_images(self) -> ImageSet:
         """Load the test images, on the device."""
         images = load(self.config.data, "test").to(self.device)
-        check_images(self.run, images, "test_digest", "test")
+        check_data(self.run, images.digest, "test_digest", "test images")
         return images
 
     def _check_ahead(self, now: str = "train") -> None:

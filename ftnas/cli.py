@@ -155,10 +155,10 @@ def run_command(pipeline: Pipeline) -> None:
 
 @_config_command("search", needs="search")
 def search_command(pipeline: Pipeline) -> None:
-    """Search an architecture, as the search section of CONFIG says."""
-    genotype = pipeline.search()
-    click.echo(genotype.describe())
-    click.echo(f"written to {pipeline.run.path / 'search' / 'genotype.json'}")
+    """Search an architecture, as the search section of CONFIG says, and that of the control section if it has one."""
+    for which, genotype in pipeline.searches().items():
+        click.echo(genotype.describe())
+        click.echo(f"written to {pipeline.run.path / which / 'genotype.json'}")
 
 
 @_config_command("train", needs="train")

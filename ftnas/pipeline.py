@@ -150,6 +150,10 @@ class Pipeline:
             return search_on_ranks(job, self.train_images)
         return job.make(self.train_images, folder).run()
 
+    def searches(self) -> dict[str, Genotype]:
+        """Run every search that the config has, so that all that is trained is there; return what they found."""
+        return {which: self.search(which) for which in SEARCHES if getattr(self.config, which) is not None}
+
     def _job(self, which: str, search: SearchConfig) -> SearchJob:
         return SearchJob(
             search,

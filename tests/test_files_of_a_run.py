@@ -44,6 +44,21 @@ def test_what_a_search_found_is_trained_in_its_own_space(name, tmp_path):
     assert (spec["space"]["channels"], spec["space"]["cells"]) == (6, 4)
 
 
+def test_the_three_jobs_do_all_of_a_config_with_a_control(tmp_path, capsys):
+    run = tmp_path / "run"
+    shorter = [text.replace("search.", "control.") for text in SEARCH if text.startswith("search.")]
+    models = "train.models={searched: {genotype: search}, random: {genotype: control}}"
+    campaign = ["campaign.devices=1", "campaign.images=20", "campaign.sweeps.0.rates=[0.01]"]
+    overrides = [*SEARCH[1:-1], *shorter, models, *campaign]
+    assert ftnas("search", "quickstart", *overrides, "--out", run) == 0
+    said = capsys.readouterr().out
+    assert all(f"written to {run / which / 'genotype.json'}" in said for which in ("search", "control"))
+    assert ftnas("train", "--resume", run) == 0
+    assert ftnas("campaign", "--resume", run) == 0
+    records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    assert {record["model"] for record in records} == {"searched", "random"}
+
+
 NET = ModelConfig(baseline="resnet20", width=0.25)
 SIZES = {"num_classes": 10, "in_channels": 1, "image_size": 8}
 
@@ -110,8 +125,7 @@ def test_what_a_search_found_is_not_trained_in_a_space_that_was_changed(which, t
             "controller: {name: random}, controller_steps: 1, derive: {samples: 2, finalists: 1}}"
         )
         overrides = [*SEARCH[1:], second.replace("FILE", str(path)), "train.models={searched: {genotype: control}}"]
-    command = "search" if which == "search" else "run"
-    assert ftnas(command, "quickstart", *overrides, "--out", run) == 0
+    assert ftnas("search", "quickstart", *overrides, "--out", run) == 0
     for made in run.rglob("model.pt"):
         made.unlink()  # as in a run that was cut
     write_space(path, 1)

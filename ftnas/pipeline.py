@@ -13,7 +13,7 @@ from ftnas.campaign import Subject, run_campaign
 from ftnas.config import SEARCHES, GivenModel, RunConfig, TrainStage
 from ftnas.data import DataConfig, ImageSet, load, stratified_split
 from ftnas.derive import WINNER
-from ftnas.devices import compute_exactly
+from ftnas.devices import pick_device
 from ftnas.foresight import check_network, check_recipe, say_unreached, say_without_effect
 from ftnas.models import ModelConfig, about, build_spec, check_logits, count, describe, load_factory, load_model
 from ftnas.parallel import SearchJob, check_ranks, search_on_ranks
@@ -250,6 +250,12 @@ class Pipeline:
             stages.append(("bounds", self.bounds))
         return stages
 
+    def _first(self, command: str) -> str:
+        """Advise to do what comes before, in this run or, where the mistake leaves nothing of it, in one like it."""
+        if self.run.passing:
+            return f"a new run begins with `ftnas {command}`, or does all by `ftnas run`, with the same arguments"
+        return f"run `ftnas {command} --resume {quoted(self.run.path)}` first"
+
     def _model_folder(self, name: str, train_seed: int) -> Folder:
         return self.run.stage("train").stage(f"{name}/seed-{train_seed}")
 
@@ -259,9 +265,7 @@ class Pipeline:
             return model
         path = self.run.stage(model.genotype).file(WINNER)
         if not path.exists():
-            raise ValueError(
-                f"train.models.{name} needs {path}; run `ftnas search --resume {quoted(self.run.path)}` first"
-            )
+            raise ValueError(f"train.models.{name} needs {path}; {self._first('search')}")
         search: SearchConfig | None = getattr(self.config, model.genotype)
         assert search is not None
         return model.model_copy(update={"genotype": str(path), "space": model.space or search.space})
@@ -299,7 +303,7 @@ class Pipeline:
                     say(f"note: {name}, seed {train_seed}, was stopped early in its training and is left out")
                     continue
                 if not path.exists():
-                    raise ValueError(f"{path} is missing; run `ftnas train --resume {quoted(self.run.path)}` first")
+                    raise ValueError(f"{path} is missing; {self._first('train')}")
                 yield self._subject(name, path, allow_factory=True, train_seed=train_seed)
         for name, given in self.config.models.items():
             check_file(self.run, f"models.{name}", given.file or given.checkpoint)
@@ -352,21 +356,6 @@ class Pipeline:
 
 def _size(shape: Sequence[int]) -> str:
     return "x".join(str(number) for number in shape)
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the torch device of a config's ``device``, and have GPUs compute exactly; ValueError when not there."""
-    compute_exactly()
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={name}: torch sees no CUDA device here; use device=cpu or auto")
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is not None:
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"device={name}: torch sees {torch.cuda.device_count()} here, from cuda:0 on")
-        torch.cuda.set_device(device)  # streams and graphs are of the current one
-    return device
 
 
 def bounded_images(data: DataConfig, bounds: ToleranceConfig) -> ImageSet:

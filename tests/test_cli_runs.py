@@ -19,6 +19,7 @@ import yaml
 from test_cli import TRAIN, ftnas
 
 from ftnas import cli, storage
+from ftnas.config import read_config
 from ftnas.report import _slug, _unused, build_report
 from ftnas.rundir import RunDir
 from ftnas.storage import save_checkpoint
@@ -210,8 +211,6 @@ def test_a_damaged_record_is_named_on_resume(tmp_path, capsys, change, message):
 
 
 def test_examples_of_the_help_name_configs_with_that_section(capsys, monkeypatch):
-    from ftnas.config import read_config
-
     for command, needs in (("run", "search"), ("search", "search"), ("train", "train")):
         for example in cli.EXAMPLES[command]:
             name, *rest = shlex.split(example.split(" --out")[0])
@@ -235,8 +234,22 @@ def test_examples_of_the_help_name_configs_with_that_section(capsys, monkeypatch
 
 
 def test_commands_that_are_told_can_be_pasted(tmp_path, finished, capsys):
-    assert ftnas("train", "quickstart", "--out", tmp_path / "with space") == 2
-    assert f"--resume '{tmp_path / 'with space'}'" in capsys.readouterr().err
+    run = tmp_path / "with space"
+    RunDir.create(run, read_config("quickstart").model_dump(mode="json")).close()
+    assert ftnas("train", "--resume", run) == 2
+    assert f"run `ftnas search --resume '{run}'` first" in capsys.readouterr().err
+    assert ftnas("campaign", "--resume", run) == 2
+    assert f"run `ftnas train --resume '{run}'` first" in capsys.readouterr().err
+
+
+def test_a_run_that_a_mistake_leaves_nothing_of_is_not_to_be_resumed(tmp_path, capsys):
+    run = tmp_path / "run"
+    for command, before in (("train", "search"), ("campaign", "train")):
+        assert ftnas(command, "quickstart", "--out", run) == 2
+        error = capsys.readouterr().err
+        advice = f"a new run begins with `ftnas {before}`, or does all by `ftnas run`, with the same arguments"
+        assert error.strip().endswith(advice) and "--resume" not in error
+        assert not run.exists()
 
 
 def test_config_of_the_run_is_what_the_checksum_says(finished):

@@ -14,7 +14,7 @@ from ftnas.config import SEARCHES, GivenModel, RunConfig, TrainStage
 from ftnas.data import DataConfig, ImageSet, load, stratified_split
 from ftnas.derive import WINNER
 from ftnas.devices import pick_device
-from ftnas.foresight import check_network, check_recipe, say_unreached, say_without_effect
+from ftnas.foresight import check_network, check_recipe, say_of_search, say_without_effect
 from ftnas.models import ModelConfig, about, build_spec, check_logits, count, describe, load_factory, load_model
 from ftnas.parallel import SearchJob, check_ranks, search_on_ranks
 from ftnas.pool import num_threads
@@ -144,7 +144,7 @@ class Pipeline:
         check_file(self.run, "hardware.defects", self.config.hardware.defects)
         check_file(self.run, f"{which}.space", config.space)
         self._check_ahead(which)
-        say_unreached(config.weights, config.epochs, where=f"{which}.weights")
+        say_of_search(config, which)
         job = self._job(which, config)
         if config.ranks > 1:
             return search_on_ranks(job, self.train_images)

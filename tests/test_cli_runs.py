@@ -54,6 +54,25 @@ def test_a_search_tells_such_milestones_too(tmp_path, capsys):
     assert capsys.readouterr().err.count(warning) == 1
 
 
+def test_a_search_tells_what_has_no_effect_on_its_candidates(tmp_path, capsys):
+    schedule = "search.weights.schedule={name: step, milestones: [1, 2]}"
+    small = ["control=null", "train=null", "campaign=null", "search.epochs=3", "search.warmup_epochs=2", "threads=1"]
+    small += ["data.subset=200", "search.controller_batch=40", "search.derive.samples=2", "search.derive.finalists=1"]
+    draws = ["search.derive.draws=1", "search.derive.final_draws=5"]  # as they are when left out
+    command = ["search", "quickstart", *small, "search.alpha_r=0", *draws]
+    assert ftnas(*command, schedule, "search.derive.train_epochs=1", "--out", tmp_path / "trained") == 0
+    error = capsys.readouterr().err
+    warning = "search.weights.schedule.milestones: search.derive.train_epochs=1 ends before 1, 2 can have an effect"
+    assert error.count(warning) == 1 and error.count("milestones") == 1 and "alpha_r" not in error
+    assert ftnas(*command, "search.derive.draws=2", "search.derive.final_draws=3", "--out", tmp_path / "draws") == 0
+    error = capsys.readouterr().err
+    assert "note: search.alpha_r=0 scores without faults; search.derive.draws=2 plays no part in it" in error
+    assert "note: search.alpha_r=0 scores without faults; search.derive.final_draws=3 plays no part in it" in error
+    assert "milestones" not in error
+    assert ftnas(*command[:-3], "search.alpha_r=0.5", "search.derive.draws=2", "--out", tmp_path / "faulty") == 0
+    assert "alpha_r" not in capsys.readouterr().err
+
+
 MISTAKES = {
     "device": ["device=cuda:9"],
     "space": ["search={space: nope, epochs: 1, weights: {batch_size: 8, lr: 0.1}}"],

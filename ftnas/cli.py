@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -362,7 +363,7 @@ def main() -> None:
         _explain(error)
         raise SystemExit(getattr(error, "exit_code", 2)) from None
     except Exception as error:
-        if not isinstance(error, RuntimeError):
+        if not isinstance(error, RuntimeError) and getattr(error, "errno", None) != errno.ENOSPC:
             traceback.print_exc()
         _explain(error)
         raise SystemExit(1) from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -155,10 +156,10 @@ def run_command(pipeline: Pipeline) -> None:
 
 @_config_command("search", needs="search")
 def search_command(pipeline: Pipeline) -> None:
-    """Search an architecture, as the search section of CONFIG says."""
-    genotype = pipeline.search()
-    click.echo(genotype.describe())
-    click.echo(f"written to {pipeline.run.path / 'search' / 'genotype.json'}")
+    """Search an architecture, as the search section of CONFIG says, and that of the control section if it has one."""
+    for which, genotype in pipeline.searches().items():
+        click.echo(genotype.describe())
+        click.echo(f"written to {pipeline.run.path / which / 'genotype.json'}")
 
 
 @_config_command("train", needs="train")
@@ -362,7 +363,7 @@ def main() -> None:
         _explain(error)
         raise SystemExit(getattr(error, "exit_code", 2)) from None
     except Exception as error:
-        if not isinstance(error, RuntimeError):
+        if not isinstance(error, RuntimeError) and getattr(error, "errno", None) != errno.ENOSPC:
             traceback.print_exc()
         _explain(error)
         raise SystemExit(1) from None

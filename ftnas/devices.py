@@ -1,4 +1,4 @@
-"""Devices: where a value can be read without waiting, and how exactly a GPU computes."""
+"""Devices: which one, where a value can be read without waiting, and how exactly a GPU computes."""
 
 from __future__ import annotations
 
@@ -17,3 +17,18 @@ def compute_exactly() -> None:
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the torch device of a config's ``device``, and have GPUs compute exactly; ValueError when not there."""
+    compute_exactly()
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={name}: torch sees no CUDA device here; use device=cpu or auto")
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device={name}: torch sees {torch.cuda.device_count()} here, from cuda:0 on")
+        torch.cuda.set_device(device)  # streams and graphs are of the current one
+    return device

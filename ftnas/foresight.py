@@ -19,6 +19,7 @@ from ftnas.faults.hardware import Hardware
 from ftnas.progress import say
 from ftnas.recipe import SgdConfig, StepSchedule, TrainConfig
 from ftnas.regularizers import Regularization
+from ftnas.search_settings import DeriveConfig, SearchConfig
 from ftnas.train import check_fits
 
 
@@ -73,12 +74,28 @@ def check_network(network: nn.Module, shape: Sequence[int], *, config: RunConfig
             summarize(network, tuple(shape))
 
 
-def say_unreached(recipe: SgdConfig, epochs: int, *, where: str) -> None:
-    """Say that milestones of the learning rate have no effect, as in a config whose epochs were shortened alone."""
+def say_of_search(search: SearchConfig, which: str) -> None:
+    """Say what has no effect in a search, which is in the section ``which`` of the config."""
+    derive = search.derive
+    say_unreached(search.weights, search.epochs, where=f"{which}.weights")
+    if derive.train_epochs:
+        by = f"{which}.derive.train_epochs"
+        say_unreached(search.weights, derive.train_epochs, where=f"{which}.weights", by=by)
+    for key in ("draws", "final_draws"):
+        draws = getattr(derive, key)
+        if search.alpha_r == 0.0 and draws != DeriveConfig.model_fields[key].default:
+            say(f"note: {which}.alpha_r=0 scores without faults; {which}.derive.{key}={draws} plays no part in it")
+
+
+def say_unreached(recipe: SgdConfig, epochs: int, *, where: str, by: str = "epochs") -> None:
+    """Say that milestones of the learning rate have no effect, as in a config whose epochs were shortened alone.
+
+    ``by`` names the setting that gives the epochs.
+    """
     marks = recipe.schedule.unreached(epochs) if isinstance(recipe.schedule, StepSchedule) else ()
     if marks:
         late = ", ".join(map(str, marks))
-        say(f"warning: {where}.schedule.milestones: epochs={epochs} ends before {late} can have an effect")
+        say(f"warning: {where}.schedule.milestones: {by}={epochs} ends before {late} can have an effect")
 
 
 def say_without_effect(config: RunConfig, device: torch.device) -> None:

@@ -13,8 +13,8 @@ from ftnas.campaign import Subject, run_campaign
 from ftnas.config import SEARCHES, GivenModel, RunConfig, TrainStage
 from ftnas.data import DataConfig, ImageSet, load, stratified_split
 from ftnas.derive import WINNER
-from ftnas.devices import compute_exactly
-from ftnas.foresight import check_network, check_recipe, say_unreached, say_without_effect
+from ftnas.devices import pick_device
+from ftnas.foresight import check_network, check_recipe, say_of_search, say_without_effect
 from ftnas.models import ModelConfig, about, build_spec, check_logits, count, describe, load_factory, load_model
 from ftnas.parallel import SearchJob, check_ranks, search_on_ranks
 from ftnas.pool import num_threads
@@ -23,12 +23,12 @@ from ftnas.protection import run_protection
 from ftnas.ranks import Ranks
 from ftnas.rng import seed_for
 from ftnas.rundir import Folder, RunDir, quoted
-from ftnas.sameness import check_file, check_images, note_factory
+from ftnas.sameness import check_data, check_file, note_factory
 from ftnas.search_settings import SearchConfig
 from ftnas.single import run_single_faults
 from ftnas.space import Genotype
 from ftnas.tolerance import ToleranceConfig, run_tolerance
-from ftnas.trainings import MODEL, STOPPED, Failure, Training, check_failures, train_in_turn
+from ftnas.trainings import MODEL, STOPPED, Failure, Training, check_failures, is_done, train_in_turn
 from ftnas.tuning import train_on_workers
 from ftnas.workers import open_pool
 
@@ -65,7 +65,7 @@ class Pipeline:
         """The training images, on the device; loaded on first use."""
         if self._train_images is None:
             images = load(self.config.data, "train").to(self.device)
-            check_images(self.run, images, "dataset_digest", "training")
+            check_data(self.run, images.digest, "dataset_digest", "training images")
             self.run.describe(num_classes=len(images.classes))
             self._train_images = images
         return self._train_images
@@ -73,7 +73,7 @@ class Pipeline:
     def _test_images(self) -> ImageSet:
         """Load the test images, on the device."""
         images = load(self.config.data, "test").to(self.device)
-        check_images(self.run, images, "test_digest", "test")
+        check_data(self.run, images.digest, "test_digest", "test images")
         return images
 
     def _check_ahead(self, now: str = "train") -> None:
@@ -117,10 +117,17 @@ class Pipeline:
                 raise ValueError(f"train.models.{name}.start: no file {model.start}")
             if model.genotype in SEARCHES and not self.run.stage(model.genotype).file(WINNER).exists():
                 continue
+            self._check_space(model)
             training = self._training(name, stage.seeds[0])
             network = build_spec(training.spec, seed=0, allow_factory=True, start=model.start).to(self.device).eval()
             check_network(network, shape, config=self.config, name=name, trains=True)
             self._tried.add(f"train.{name}")
+
+    def _check_space(self, model: ModelConfig) -> None:
+        """Refuse to build what a search found in another space than that of the search."""
+        if model.genotype in SEARCHES and model.space is None:
+            search: SearchConfig = getattr(self.config, model.genotype)
+            check_file(self.run, f"{model.genotype}.space", search.space)
 
     def _makes(self, path: str) -> bool:
         """Whether a file is one that this run has still to make."""
@@ -137,11 +144,15 @@ class Pipeline:
         check_file(self.run, "hardware.defects", self.config.hardware.defects)
         check_file(self.run, f"{which}.space", config.space)
         self._check_ahead(which)
-        say_unreached(config.weights, config.epochs, where=f"{which}.weights")
+        say_of_search(config, which)
         job = self._job(which, config)
         if config.ranks > 1:
             return search_on_ranks(job, self.train_images)
         return job.make(self.train_images, folder).run()
+
+    def searches(self) -> dict[str, Genotype]:
+        """Run every search that the config has, so that all that is trained is there; return what they found."""
+        return {which: self.search(which) for which in SEARCHES if getattr(self.config, which) is not None}
 
     def _job(self, which: str, search: SearchConfig) -> SearchJob:
         return SearchJob(
@@ -166,14 +177,18 @@ class Pipeline:
         stage = self.config.train
         if stage is None:
             raise ValueError(f"the config {self.config.name!r} has no train section")
-        trainings = [self._training(name, seed) for name in stage.models for seed in stage.seeds]
-        failures: list[Failure] = []
-        if not all(training.done for training in trainings):
+        wanted = [(name, seed) for name in stage.models for seed in stage.seeds]
+        finished = all(is_done(self._model_folder(*which).path) for which in wanted)
+        if not finished:
             check_file(self.run, "hardware.defects", self.config.hardware.defects)
             for name, model in stage.models.items():
                 for key in ("genotype", "space", "start"):
                     check_file(self.run, f"train.models.{name}.{key}", getattr(model, key))
                 note_factory(self.run, f"train.models.{name}.factory", model.factory)
+                self._check_space(model)
+        trainings = [self._training(*which) for which in wanted]
+        failures: list[Failure] = []
+        if not finished:
             self._check_ahead()
             say_without_effect(self.config, self.device)
             if self.config.pool.workers:
@@ -235,6 +250,12 @@ class Pipeline:
             stages.append(("bounds", self.bounds))
         return stages
 
+    def _first(self, command: str) -> str:
+        """Advise to do what comes before, in this run or, where the mistake leaves nothing of it, in one like it."""
+        if self.run.passing:
+            return f"a new run begins with `ftnas {command}`, or does all by `ftnas run`, with the same arguments"
+        return f"run `ftnas {command} --resume {quoted(self.run.path)}` first"
+
     def _model_folder(self, name: str, train_seed: int) -> Folder:
         return self.run.stage("train").stage(f"{name}/seed-{train_seed}")
 
@@ -244,9 +265,7 @@ class Pipeline:
             return model
         path = self.run.stage(model.genotype).file(WINNER)
         if not path.exists():
-            raise ValueError(
-                f"train.models.{name} needs {path}; run `ftnas search --resume {quoted(self.run.path)}` first"
-            )
+            raise ValueError(f"train.models.{name} needs {path}; {self._first('search')}")
         search: SearchConfig | None = getattr(self.config, model.genotype)
         assert search is not None
         return model.model_copy(update={"genotype": str(path), "space": model.space or search.space})
@@ -284,7 +303,7 @@ class Pipeline:
                     say(f"note: {name}, seed {train_seed}, was stopped early in its training and is left out")
                     continue
                 if not path.exists():
-                    raise ValueError(f"{path} is missing; run `ftnas train --resume {quoted(self.run.path)}` first")
+                    raise ValueError(f"{path} is missing; {self._first('train')}")
                 yield self._subject(name, path, allow_factory=True, train_seed=train_seed)
         for name, given in self.config.models.items():
             check_file(self.run, f"models.{name}", given.file or given.checkpoint)
@@ -337,21 +356,6 @@ class Pipeline:
 
 def _size(shape: Sequence[int]) -> str:
     return "x".join(str(number) for number in shape)
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the torch device of a config's ``device``, and have GPUs compute exactly; ValueError when not there."""
-    compute_exactly()
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={name}: torch sees no CUDA device here; use device=cpu or auto")
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is not None:
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"device={name}: torch sees {torch.cuda.device_count()} here, from cuda:0 on")
-        torch.cuda.set_device(device)  # streams and graphs are of the current one
-    return device
 
 
 def bounded_images(data: DataConfig, bounds: ToleranceConfig) -> ImageSet:

@@ -249,6 +249,11 @@ class RunDir(Folder):
         """Add facts for the report to ``run.json``, e.g. ``dataset_digest=...``; an old value is replaced."""
         self.write_json("run.json", {**self.info, **facts})
 
+    @property
+    def passing(self) -> bool:
+        """Whether a user's mistake leaves nothing of the run: it is new and has made nothing yet."""
+        return self._new and not self.made_anything()
+
     def made_anything(self) -> bool:
         """Tell whether there is a file beyond those that every run begins with."""
         return any(p.name not in _OWN or p.parent != self.path for p in self.path.rglob("*") if not p.is_dir())
@@ -265,7 +270,7 @@ class RunDir(Folder):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._new and kind is not None and issubclass(kind, ValueError) and not self.made_anything():
+        if kind is not None and issubclass(kind, ValueError) and self.passing:
             self._withdraw()
         self.close()
 

@@ -1,4 +1,4 @@
-"""What a run began with, by digests in its ``run.json``: images, files that its config names, the user's own code."""
+"""What a run began with, by digests in its ``run.json``: data, files that its config names, the user's own code."""
 
 from __future__ import annotations
 
@@ -6,25 +6,30 @@ import hashlib
 import inspect
 from pathlib import Path
 
-from ftnas.data import ImageSet
 from ftnas.progress import say
 from ftnas.registry import import_name
 from ftnas.rundir import RunDir
 
 
-def check_images(run: RunDir, images: ImageSet, name: str, which: str) -> None:
-    """Note the images of a run by their digest.
+def check_data(run: RunDir, digest: str, name: str, what: str) -> None:
+    """Note the data of a run by their digest.
+
+    Args:
+        run: The open run folder.
+        digest: Of the data as they are now.
+        name: Under which ``run.json`` holds it.
+        what: The data are, e.g. ``training images``.
 
     Raises:
         ValueError: It was begun with others.
     """
     before = run.info.get(name)
-    if before not in (None, images.digest):
+    if before not in (None, digest):
         raise ValueError(
-            f"data: the {which} images are not those that {run.path} was begun with (digest "
-            f"{images.digest[:12]}, then {before[:12]}); give those, or begin another run with --out"
+            f"data: the {what} are not those that {run.path} was begun with (digest {digest[:12]}, then "
+            f"{before[:12]}); give those, or begin another run with --out"
         )
-    run.describe(**{name: images.digest})
+    run.describe(**{name: digest})
 
 
 def check_file(run: RunDir, setting: str, name: str | None) -> None:

@@ -73,7 +73,7 @@ class Training:
     @property
     def done(self) -> bool:
         """Whether its model is written, or it was stopped for good."""
-        return (self.folder / MODEL).exists() or (self.folder / STOPPED).exists()
+        return is_done(self.folder)
 
     @property
     def parts(self) -> Sequence[Training]:
@@ -138,6 +138,11 @@ class Training:
             "dataset_digest": images.digest,
             "train_accuracy": clean_accuracy(network, images, hardware=hardware, batch_size=self.recipe.batch_size),
         }
+
+
+def is_done(folder: Path) -> bool:
+    """Tell of a training by its folder whether its model is written, or it was stopped for good."""
+    return (folder / MODEL).exists() or (folder / STOPPED).exists()
 
 
 def rate_folder(rate: float) -> str:

@@ -89,11 +89,13 @@ def train_on_workers(
         outcomes = _tune(work, pool, asha=asha, gpus=gpus, folder=folder)
     finally:
         stop()
-    rest = [training for training in todo if training.recipe.rate_protocol is not None]
+    failures = _settle(parts, outcomes, asha=asha)
+    failed = {failure.key for failure in failures}
+    rest = [t for t in todo if t.recipe.rate_protocol is not None or not (t.done or t.key in failed)]
     decided = {training.key for training in rest}
     # a rate that failed may be one that is not needed: in turn, those after the first that passes are not tried
-    failures = [f for f in _settle(parts, outcomes) if f.key.partition("/rate-")[0] not in decided]
-    if rest:  # decides between rates that are trained
+    failures = [failure for failure in failures if failure.key.partition("/rate-")[0] not in decided]
+    if rest:  # decides between rates that are trained, and makes models that Tune's books have and the folder has not
         result = attempt(lambda waiting: train_in_turn(waiting, images), rest, threads=threads)
         failures += result.get()
     return failures
@@ -259,8 +261,8 @@ def _epochs(parts: Sequence[Training]) -> int:
     return sum(len(read_journal(folder / HISTORY)[0]) for folder in folders if (folder / HISTORY).exists())
 
 
-def _settle(parts: Sequence[Training], grid: Any) -> list[Failure]:
-    """Write down what failed and what was stopped.
+def _settle(parts: Sequence[Training], grid: Any, *, asha: AshaConfig | None) -> list[Failure]:
+    """Write down what failed and what was stopped; only a scheduler stops a training before its last epoch.
 
     Raises:
         ValueError: A training found a user's mistake.
@@ -279,7 +281,7 @@ def _settle(parts: Sequence[Training], grid: Any) -> list[Failure]:
         elif result.error is not None:
             lost = f"its process died {RETRIES + 1} times: {' '.join(str(result.error).split())[-300:]}"
             failures.append(Failure(part.key, lost))
-        elif part.rate is None and not part.done:
+        elif asha is not None and part.rate is None and not part.done and _epochs([part]) < part.recipe.epochs:
             at = {"epoch": metrics.get("epoch"), "loss": metrics.get("loss"), "by": "asha"}
             Folder(part.folder).write_json(STOPPED, at)
             say(f"note: {part.title} was stopped after {at['epoch']} of {part.recipe.epochs} epochs, as lagging behind")

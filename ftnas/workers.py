@@ -267,6 +267,8 @@ def start_ray(address: str | None, *, cpus: int, without: str = "pool.workers=0 
             ray.init(**options, **quiet)
     except BaseException as error:
         stop()
+        if isinstance(error, SystemExit):  # Ray's handler, while it starts, leaves with the bare number of SIGTERM
+            raise SystemExit(128 + signal.SIGTERM) from None
         if not isinstance(error, Exception | _LateError):
             raise
         reason = " ".join(str(error).split())

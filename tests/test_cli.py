@@ -57,6 +57,15 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
     assert "Examples:" in done.stdout and "--resume" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["--help", "configs"])
+def test_output_that_has_no_room_is_one_line(command):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ftnas", command], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device\n")
+
+
 def test_the_program_is_installed():
     done = subprocess.run([sys.executable, "-m", "ftnas.cli", "--version"], capture_output=True, text=True, check=True)
     assert "ftnas" in done.stdout

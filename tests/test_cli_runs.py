@@ -19,6 +19,7 @@ import yaml
 from test_cli import TRAIN, ftnas
 
 from ftnas import cli, storage
+from ftnas.config import read_config
 from ftnas.report import _slug, _unused, build_report
 from ftnas.rundir import RunDir
 from ftnas.storage import save_checkpoint
@@ -51,6 +52,25 @@ def test_a_search_tells_such_milestones_too(tmp_path, capsys):
     assert ftnas("search", "quickstart", *small, schedule, "search.derive.samples=5", "--out", tmp_path / "run") == 0
     warning = "search.weights.schedule.milestones: epochs=2 ends before 2 can have an effect"
     assert capsys.readouterr().err.count(warning) == 1
+
+
+def test_a_search_tells_what_has_no_effect_on_its_candidates(tmp_path, capsys):
+    schedule = "search.weights.schedule={name: step, milestones: [1, 2]}"
+    small = ["control=null", "train=null", "campaign=null", "search.epochs=3", "search.warmup_epochs=2", "threads=1"]
+    small += ["data.subset=200", "search.controller_batch=40", "search.derive.samples=2", "search.derive.finalists=1"]
+    draws = ["search.derive.draws=1", "search.derive.final_draws=5"]  # as they are when left out
+    command = ["search", "quickstart", *small, "search.alpha_r=0", *draws]
+    assert ftnas(*command, schedule, "search.derive.train_epochs=1", "--out", tmp_path / "trained") == 0
+    error = capsys.readouterr().err
+    warning = "search.weights.schedule.milestones: search.derive.train_epochs=1 ends before 1, 2 can have an effect"
+    assert error.count(warning) == 1 and error.count("milestones") == 1 and "alpha_r" not in error
+    assert ftnas(*command, "search.derive.draws=2", "search.derive.final_draws=3", "--out", tmp_path / "draws") == 0
+    error = capsys.readouterr().err
+    assert "note: search.alpha_r=0 scores without faults; search.derive.draws=2 plays no part in it" in error
+    assert "note: search.alpha_r=0 scores without faults; search.derive.final_draws=3 plays no part in it" in error
+    assert "milestones" not in error
+    assert ftnas(*command[:-3], "search.alpha_r=0.5", "search.derive.draws=2", "--out", tmp_path / "faulty") == 0
+    assert "alpha_r" not in capsys.readouterr().err
 
 
 MISTAKES = {
@@ -210,8 +230,6 @@ def test_a_damaged_record_is_named_on_resume(tmp_path, capsys, change, message):
 
 
 def test_examples_of_the_help_name_configs_with_that_section(capsys, monkeypatch):
-    from ftnas.config import read_config
-
     for command, needs in (("run", "search"), ("search", "search"), ("train", "train")):
         for example in cli.EXAMPLES[command]:
             name, *rest = shlex.split(example.split(" --out")[0])
@@ -235,8 +253,22 @@ def test_examples_of_the_help_name_configs_with_that_section(capsys, monkeypatch
 
 
 def test_commands_that_are_told_can_be_pasted(tmp_path, finished, capsys):
-    assert ftnas("train", "quickstart", "--out", tmp_path / "with space") == 2
-    assert f"--resume '{tmp_path / 'with space'}'" in capsys.readouterr().err
+    run = tmp_path / "with space"
+    RunDir.create(run, read_config("quickstart").model_dump(mode="json")).close()
+    assert ftnas("train", "--resume", run) == 2
+    assert f"run `ftnas search --resume '{run}'` first" in capsys.readouterr().err
+    assert ftnas("campaign", "--resume", run) == 2
+    assert f"run `ftnas train --resume '{run}'` first" in capsys.readouterr().err
+
+
+def test_a_run_that_a_mistake_leaves_nothing_of_is_not_to_be_resumed(tmp_path, capsys):
+    run = tmp_path / "run"
+    for command, before in (("train", "search"), ("campaign", "train")):
+        assert ftnas(command, "quickstart", "--out", run) == 2
+        error = capsys.readouterr().err
+        advice = f"a new run begins with `ftnas {before}`, or does all by `ftnas run`, with the same arguments"
+        assert error.strip().endswith(advice) and "--resume" not in error
+        assert not run.exists()
 
 
 def test_config_of_the_run_is_what_the_checksum_says(finished):

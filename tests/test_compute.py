@@ -19,9 +19,9 @@ from injected import gen
 from ftnas import rounding
 from ftnas.branches import parts_of_a_step
 from ftnas.compute import Compute
+from ftnas.devices import pick_device
 from ftnas.faults import AdSAF, MiBB, WeightBitFlip
 from ftnas.faults.hardware import Hardware
-from ftnas.pipeline import pick_device
 from ftnas.quantize import FixedPoint, Quantization
 from ftnas.recipe import SgdConfig
 from ftnas.rng import isolated

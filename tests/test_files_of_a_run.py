@@ -44,6 +44,21 @@ def test_what_a_search_found_is_trained_in_its_own_space(name, tmp_path):
     assert (spec["space"]["channels"], spec["space"]["cells"]) == (6, 4)
 
 
+def test_the_three_jobs_do_all_of_a_config_with_a_control(tmp_path, capsys):
+    run = tmp_path / "run"
+    shorter = [text.replace("search.", "control.") for text in SEARCH if text.startswith("search.")]
+    models = "train.models={searched: {genotype: search}, random: {genotype: control}}"
+    campaign = ["campaign.devices=1", "campaign.images=20", "campaign.sweeps.0.rates=[0.01]"]
+    overrides = [*SEARCH[1:-1], *shorter, models, *campaign]
+    assert ftnas("search", "quickstart", *overrides, "--out", run) == 0
+    said = capsys.readouterr().out
+    assert all(f"written to {run / which / 'genotype.json'}" in said for which in ("search", "control"))
+    assert ftnas("train", "--resume", run) == 0
+    assert ftnas("campaign", "--resume", run) == 0
+    records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    assert {record["model"] for record in records} == {"searched", "random"}
+
+
 NET = ModelConfig(baseline="resnet20", width=0.25)
 SIZES = {"num_classes": 10, "in_channels": 1, "image_size": 8}
 
@@ -96,6 +111,34 @@ def test_a_run_does_not_go_on_with_a_file_that_was_changed(setting, tmp_path, ca
     assert f"error: {setting}: {path} was changed since {run} began with it" in said and "Traceback" not in said
     path.write_bytes(before)
     assert ftnas(command, "--resume", run) == 0
+
+
+@pytest.mark.parametrize("which", ["search", "control"])
+def test_what_a_search_found_is_not_trained_in_a_space_that_was_changed(which, tmp_path, capsys):
+    path, run = tmp_path / "space.yaml", tmp_path / "run"
+    write_space(path, 0)
+    before = path.read_bytes()
+    overrides = [*SEARCH, f"search.space={path}"]
+    if which == "control":
+        second = (
+            "control={space: 'FILE', epochs: 1, weights: {batch_size: 64, lr: 0.1, alpha_l: 0.5}, "
+            "controller: {name: random}, controller_steps: 1, derive: {samples: 2, finalists: 1}}"
+        )
+        overrides = [*SEARCH[1:], second.replace("FILE", str(path)), "train.models={searched: {genotype: control}}"]
+    assert ftnas("search", "quickstart", *overrides, "--out", run) == 0
+    for made in run.rglob("model.pt"):
+        made.unlink()  # as in a run that was cut
+    write_space(path, 1)
+    capsys.readouterr()
+    assert ftnas("train", "--resume", run) == 2
+    assert f"error: {which}.space: {path} was changed since {run} began with it" in capsys.readouterr().err
+    path.write_text("{}")  # what is no space any more is told in the same words
+    assert ftnas("train", "--resume", run) == 2
+    assert f"error: {which}.space: {path} was changed since {run} began with it" in capsys.readouterr().err
+    path.write_bytes(before)
+    assert ftnas("train", "--resume", run) == 0
+    spec = torch.load(run / "train" / "model.pt", weights_only=True)["spec"]
+    assert spec["space"]["channels"] == 6
 
 
 @pytest.mark.parametrize("stage", ["train", "campaign"])

@@ -106,3 +106,19 @@ def test_what_is_not_there_is_one_line(tmp_path, monkeypatch):
             load_samples(HealthConfig(name="health", root=root), "train")
     with pytest.raises(ValueError, match="there are 216 training rows, got 500"):
         load_samples(config(write(tmp_path / "h", rows()), subset=500), "train")
+
+
+@pytest.mark.parametrize("change", ["value", "activity"])
+def test_a_study_does_not_go_on_with_other_readings(tmp_path, change):
+    table = rows()
+    data = {"name": "health", "root": str(write(tmp_path / "h", table))}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(SMALL | {"data": data, "seeds": 1, "epochs": 1}))
+    command = ["nodes", "train", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")]
+    assert CliRunner().invoke(cli, command).exit_code == 0
+    if change == "value":
+        table[30, 4] += 0.5
+    else:
+        table[[30, 50], -1] = table[[50, 30], -1]
+    write(tmp_path / "h", table)
+    command[1] = "evaluate"
+    assert "readings are not those that" in str(CliRunner().invoke(cli, command).exception)

@@ -1,10 +1,13 @@
 """Studies of split networks: training with failout, records, table, the command line."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from test_images_of_a_run import folder_of
 
 from ftnas.cli import cli
 from ftnas.data import load
@@ -176,7 +179,7 @@ def test_an_interrupted_training_goes_on_to_the_same_model(tmp_path, monkeypatch
 
 def test_the_best_epoch_on_validation_images_is_kept(tmp_path):
     config = read_nodes_config(write(tmp_path / "c.yaml", **ONE, epochs=4))
-    images, validation = split(config)
+    images, validation = split(config, load(config.data, "train"))
     assert (len(images), len(validation)) == (192, 64)
     failout = config.variants["resilinet"].failout
     rates = config.settings["normal"]
@@ -231,6 +234,45 @@ def test_variants_that_run_the_models_of_another(tmp_path):
         torch.testing.assert_close(net["survival"](inputs), c(0.8 * b(0.8 * a(inputs))))
     for name in ("resilinet", "survival"):
         assert net[name].weights == pytest.approx([1.0, 0.8, 0.8, 1.0, 0.8] if name == "survival" else [1.0] * 5)
+
+
+def nodes(command, config, out):
+    """Run a command; return its exit code, or the message of a user's mistake."""
+    result = CliRunner().invoke(cli, ["nodes", command, config, "--out", str(out)])
+    if result.exception is None:
+        return result.exit_code
+    assert isinstance(result.exception, ValueError), result.exception
+    return str(result.exception)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "run", "search"])
+def test_a_study_does_not_go_on_with_other_images(part, command, tmp_path):
+    root, out = folder_of(tmp_path / "images", 1), tmp_path / "run"
+    data = {"name": "image_folder", "root": str(root)}
+    search = {"mode": "resilinet", "failout": {"rate": 0.2}, "setting": "normal", "budget": 1e9, "trials": 1}
+    small = {"data": data, "epochs": 1, "batch_size": 8, "search": search, "live": {"images": 2}}
+    config = write(tmp_path / "c.yaml", **(ONE | small))
+    assert nodes("train", config, out) == 0
+    before = json.loads((out / "run.json").read_text())
+    assert before["dataset_digest"] == load(read_nodes_config(config).data, "train").digest != before["test_digest"]
+    if command == "train":
+        (out / "resilinet-0.pt").unlink()  # as in a study that was cut
+    (root / part).rename(root / "away")
+    (folder_of(tmp_path / "other", 2) / part).rename(root / part)
+    name = {"train": "training", "test": "test"}[part]
+    assert f"data: the {name} images are not those that {out} was begun with" in nodes(command, config, out)
+    assert json.loads((out / "run.json").read_text()) == before
+
+
+def test_a_study_from_before_digests_gets_them(tmp_path):
+    config, out = write(tmp_path / "c.yaml", **ONE, epochs=1), tmp_path / "run"
+    assert nodes("train", config, out) == 0
+    info = json.loads((out / "run.json").read_text())
+    digests = {key: info.pop(key) for key in ("dataset_digest", "test_digest")}
+    (out / "run.json").write_text(json.dumps(info))
+    assert nodes("evaluate", config, out) == 0
+    assert json.loads((out / "run.json").read_text()) == info | digests
 
 
 @pytest.mark.parametrize(

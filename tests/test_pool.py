@@ -380,6 +380,19 @@ def test_a_start_that_takes_too_long_is_one_line():
     assert "RuntimeError: Ray did not start" in done.stderr and "more than 0.5 s" in done.stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, 128 + signal.SIGTERM])
+def test_ended_while_ray_starts_a_process_has_the_exit_code_of_any_other_time(number, monkeypatch):
+    """Ray's own handler holds SIGTERM meanwhile, and leaves with the number of the signal alone."""
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "init", lambda **_: sys.exit(number))
+    with pytest.raises(SystemExit) as ended:
+        start_ray(None, cpus=1)
+    assert ended.value.code == 143
+
+
 NODES = """
 import os, signal, sys, time
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")

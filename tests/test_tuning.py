@@ -148,6 +148,34 @@ def test_rates_side_by_side_keep_the_one_that_is_kept_in_turn(setting):
     assert (runs[1] / "train/good/seed-0/rate-0.001").exists()
 
 
+@pytest.mark.parametrize("case", ["in turn", "on workers", "with asha"])
+def test_a_model_that_is_lost_is_made_again_from_its_checkpoint(case, setting, tmp_path, monkeypatch):
+    """Where the books of Tune, of a run that was killed, count its training as finished."""
+    changes = {"asha": {"grace_epochs": 2, "reduction": 2}} if case == "with asha" else {}
+    workers = ["--workers", 0 if case == "in turn" else 2]
+    path, run = config(tmp_path / "two.json", "good", "other", **changes), tmp_path / "run"
+    path.write_text(path.read_text().replace("own_nets:other", "own_nets:good"))
+    calls = []
+
+    def outcomes(work, pool, *, asha, gpus, folder):
+        calls.append(list(work.parts))
+        for key, part in work.parts.items():
+            if len(calls) == 1:
+                part.run(load(part.data, "train"))
+            yield SimpleNamespace(config={"training": key}, metrics={"epoch": EPOCHS - 1, "loss": 1.0}, error=None)
+
+    monkeypatch.setattr(tuning, "_tune", lambda *args, **options: list(outcomes(*args, **options)))
+    monkeypatch.setattr(tuning, "start_ray", lambda *_, **__: lambda: None)
+    monkeypatch.setattr(tuning, "_check_room", lambda *_: None)
+    assert ftnas("train", path, *workers, "--out", run) == 0
+    before, history = models(run), (run / "train/good/seed-0/epochs.jsonl").read_bytes()
+    (run / "train/good/seed-0/model.pt").unlink()
+    assert ftnas("train", "--resume", run) == 0
+    assert models(run) == before and not list(run.rglob("stopped.json"))
+    assert (run / "train/good/seed-0/epochs.jsonl").read_bytes() == history
+    assert calls == ([] if case == "in turn" else [["good/seed-0", "other/seed-0"], ["good/seed-0"]])
+
+
 def test_a_rate_that_is_not_needed_may_fail(setting, tmp_path, monkeypatch):
     """In turn it is not tried; side by side it is, and another one is kept all the same."""
     recipe = {"rate_protocol": [0.001, 0.0001], "rate_threshold": 0.05, "epochs": 1}

@@ -11,13 +11,14 @@ import torch
 from torch.nn import functional
 
 from ftnas import rng
-from ftnas.datasets import stratified_split
+from ftnas.datasets import DataConfig, stratified_split
 from ftnas.nodes.exact import average, evaluate
 from ftnas.nodes.network import Failout, SplitNetwork
 from ftnas.nodes.samples import Samples, load_samples
 from ftnas.nodes.study import NodesConfig, Variant, model_file
 from ftnas.progress import Tracker, say, track
-from ftnas.rundir import Folder
+from ftnas.rundir import Folder, RunDir
+from ftnas.sameness import check_data
 
 CHECKPOINT_EVERY_S = 20.0
 CHUNK = 256
@@ -185,18 +186,29 @@ class Fit:
         self.progress = Progress(**{key: state[key] for key in vars(self.progress)})
 
 
-def split(config: NodesConfig) -> tuple[Samples, Samples | None]:
-    """Load the images to train on and those to choose the epoch by; the split is the same for every seed."""
-    images = load_samples(config.data, "train")
+def samples_of(config: NodesConfig, run: RunDir) -> tuple[Samples, Samples]:
+    """Load all samples of a study, to train and to test on: its variants are compared on the same ones.
+
+    Raises:
+        ValueError: A file is missing or wrong, or the study was begun with others.
+    """
+    images = load_samples(config.data, "train"), load_samples(config.data, "test")
+    kind = "images" if isinstance(config.data, DataConfig) else "readings"
+    check_data(run, images[0].digest, "dataset_digest", f"training {kind}")
+    check_data(run, images[1].digest, "test_digest", f"test {kind}")
+    return images
+
+
+def split(config: NodesConfig, images: Samples) -> tuple[Samples, Samples | None]:
+    """Return of the training samples those to train on and those to choose the epoch by, the same for every seed."""
     if config.selection is None:
         return images, None
     chosen, rest = stratified_split(images.labels, config.selection.share, seed=0)
     return images.subset(rest), images.subset(chosen)
 
 
-def test_set(config: NodesConfig) -> Samples:
-    """Load the images to evaluate on; ValueError when there are fewer than the config asks for."""
-    images = load_samples(config.data, "test")
+def test_set(config: NodesConfig, images: Samples) -> Samples:
+    """Return of the test samples those to evaluate on; ValueError when there are fewer than the config asks for."""
     num = config.test_images
     if num is None or num == len(images):
         return images
@@ -205,7 +217,7 @@ def test_set(config: NodesConfig) -> Samples:
     return images.subset(stratified_split(images.labels, num / len(images), seed=0)[0])
 
 
-def train_all(config: NodesConfig, folder: Folder, *, checkpoint_every_s: float = CHECKPOINT_EVERY_S) -> None:
+def train_all(config: NodesConfig, folder: RunDir, *, checkpoint_every_s: float = CHECKPOINT_EVERY_S) -> None:
     """Train every variant and seed that has no model file yet; one that was interrupted goes on."""
     own = [name for name, variant in config.variants.items() if variant.models is None]
     wanted = [(name, seed) for name in own for seed in config.all_seeds]
@@ -213,7 +225,7 @@ def train_all(config: NodesConfig, folder: Folder, *, checkpoint_every_s: float 
     if not missing:
         say("every variant is trained")
         return
-    images, validation = split(config)
+    images, validation = split(config, samples_of(config, folder)[0])
     done = (len(wanted) - len(missing)) * config.epochs
     with track("epochs", len(wanted) * config.epochs, done=done) as bar:
         for name, seed in missing:

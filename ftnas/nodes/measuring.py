@@ -7,17 +7,17 @@ from typing import Any
 
 from ftnas.charts import dot_rows
 from ftnas.nodes.exact import PatternAccuracy, average, evaluate
-from ftnas.nodes.fitting import CHUNK, test_set, trained
+from ftnas.nodes.fitting import CHUNK, samples_of, test_set, trained
 from ftnas.nodes.study import NO_FAILURE, NodesConfig
 from ftnas.plots import save
 from ftnas.progress import track
-from ftnas.rundir import Folder
+from ftnas.rundir import RunDir
 from ftnas.stats import Interval, paired_difference, seed_interval
 
 RECORDS = "records.jsonl"
 
 
-def evaluate_all(config: NodesConfig, folder: Folder) -> list[dict[str, Any]]:
+def evaluate_all(config: NodesConfig, folder: RunDir) -> list[dict[str, Any]]:
     """Evaluate every trained model that has no records yet; return all records.
 
     A record: variant, seed, down (names), accuracy, informed.
@@ -25,7 +25,7 @@ def evaluate_all(config: NodesConfig, folder: Folder) -> list[dict[str, Any]]:
     Raises:
         ValueError: A model is not trained yet.
     """
-    images = test_set(config)
+    images = test_set(config, samples_of(config, folder)[1])
     journal = folder.journal(RECORDS)
     records = list(journal.records())
     have: dict[tuple[str, int], set[tuple[str, ...]]] = {}
@@ -96,7 +96,7 @@ def table(config: NodesConfig, records: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def report(config: NodesConfig, folder: Folder) -> str:
+def report(config: NodesConfig, folder: RunDir) -> str:
     """Evaluate what is not evaluated yet, write ``table.md``, ``plot.png`` and ``plot.svg``; return the table."""
     records = evaluate_all(config, folder)
     text = table(config, records)

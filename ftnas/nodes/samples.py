@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -40,6 +42,10 @@ class Samples(Protocol):
     @property
     def num_classes(self) -> int:
         """How many classes there are."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of values and labels in order."""
 
     def __len__(self) -> int: ...
 
@@ -98,6 +104,14 @@ class Readings:
     def num_classes(self) -> int:
         """12."""
         return len(self.classes)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of shape, values and labels in order."""
+        digest = hashlib.sha256(repr(tuple(self.values.shape)).encode())
+        for part in (self.values, self.labels):
+            digest.update(part.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -12,12 +12,23 @@ from ftnas import rng
 from ftnas.controllers import RandomConfig, create_controller
 from ftnas.nodes.bandwidth import SkipSubsets, Subset, expected_bytes, link_bytes
 from ftnas.nodes.exact import average, evaluate
-from ftnas.nodes.fitting import CHECKPOINT_EVERY_S, CHUNK, Fit, State, build, fit_into, split, test_set, trained_state
+from ftnas.nodes.fitting import (
+    CHECKPOINT_EVERY_S,
+    CHUNK,
+    Fit,
+    State,
+    build,
+    fit_into,
+    samples_of,
+    split,
+    test_set,
+    trained_state,
+)
 from ftnas.nodes.network import SplitNetwork
 from ftnas.nodes.samples import Samples
 from ftnas.nodes.study import NodesConfig, SkipSearch, Variant, model_file
 from ftnas.progress import track
-from ftnas.rundir import Folder
+from ftnas.rundir import Folder, RunDir
 from ftnas.stats import seed_interval
 
 SHARED = "shared"
@@ -111,7 +122,7 @@ class Scorer:
         return self.known[subset]
 
 
-def run_search(config: NodesConfig, folder: Folder, *, checkpoint_every_s: float = CHECKPOINT_EVERY_S) -> str:
+def run_search(config: NodesConfig, folder: RunDir, *, checkpoint_every_s: float = CHECKPOINT_EVERY_S) -> str:
     """Train the shared weights, let the controller choose, train the winner by itself; return what came of it.
 
     ``search/trials.json`` has every trial, ``search/winner.json`` the skips, ``search/search.md`` the text.
@@ -122,7 +133,9 @@ def run_search(config: NodesConfig, folder: Folder, *, checkpoint_every_s: float
     search = config.search
     if search is None or config.selection is None:
         raise ValueError("a search of skips needs the section search; configs/nodes/digits-mlp-search.yaml has one")
-    images, validation = split(config)
+    all_images, all_tests = samples_of(config, folder)
+    test = test_set(config, all_tests)
+    images, validation = split(config, all_images)
     assert validation is not None
     stage = folder.stage("search")
     variant = Variant(mode=search.mode, failout=search.failout)
@@ -142,7 +155,8 @@ def run_search(config: NodesConfig, folder: Folder, *, checkpoint_every_s: float
     stage.write_json("trials.json", {key: list(map(_plain, trials)) for key, trials in found.items()})
     stage.write_json("exhaustive.json", list(map(_plain, every)))
     stage.write_json("winner.json", _plain(winner))
-    text = summary(search, found, every, space) + _final(config, stage, winner, every_s=checkpoint_every_s)
+    values = _final(config, stage, winner, samples=(images, validation, test), every_s=checkpoint_every_s)
+    text = summary(search, found, every, space) + _final_text(search, values)
     stage.write_text("search.md", text)
     return text
 
@@ -180,16 +194,19 @@ def summary(search: SkipSearch, found: dict[str, list[Trial]], every: list[Trial
     return "\n".join(lines) + "\n"
 
 
-def _final(config: NodesConfig, stage: Folder, winner: Trial, *, every_s: float) -> str:
-    """Train the winner by itself from every seed, measure it on the test set, and say so."""
-    search = config.search
+def _final(
+    config: NodesConfig, stage: Folder, winner: Trial, *, samples: tuple[Samples, Samples, Samples], every_s: float
+) -> list[float]:
+    """Train the winner by itself from every seed; return its average accuracy on the test set, by seed.
+
+    ``samples`` are those to train on, to choose the epoch by, and to measure on.
+    """
+    search, (images, validation, test) = config.search, samples
     assert search is not None
     variant = Variant(mode="vanilla")
     if winner.subset:
         failout = search.failout and search.failout.within(config.partition.with_skips(winner.subset))
         variant = Variant(mode=search.mode, failout=failout, skips=winner.subset)
-    images, validation = split(config)
-    test = test_set(config)
     rates = config.rates[search.setting]
     values = []
     with track("epochs of the winner", config.epochs * config.seeds) as bar:
@@ -201,6 +218,11 @@ def _final(config: NodesConfig, stage: Folder, winner: Trial, *, every_s: float)
             network.load_state_dict(trained_state(stage, WINNER, seed))
             results = evaluate(network, test.batches(CHUNK), num_classes=test.num_classes)
             values.append(average(results, failure_rates=rates))
+    return values
+
+
+def _final_text(search: SkipSearch, values: list[float]) -> str:
+    """Return one line: what the winner reaches, with its interval over seeds."""
     interval = seed_interval(values)
     half = f" ± {50 * (interval.high - interval.low):.2f}" if len(values) > 1 else ""
     return (

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftnas.nodes.fitting import test_set, trained
+from ftnas.nodes.fitting import samples_of, test_set, trained
 from ftnas.nodes.live import LiveAnswer, LiveNetwork
 from ftnas.nodes.network import SplitNetwork
 from ftnas.nodes.study import LiveConfig, NodesConfig
 from ftnas.progress import say, track
-from ftnas.rundir import Folder
+from ftnas.rundir import RunDir
 
 PERCENTILES = (50, 95, 99, 100)
 
@@ -46,7 +46,7 @@ class Step:
     same: bool
 
 
-def run_live(config: NodesConfig, folder: Folder) -> str:
+def run_live(config: NodesConfig, folder: RunDir) -> str:
     """Start the processes of a trained variant, stream test images through them, and write what came of it.
 
     ``live/steps.json`` has every batch, ``live/live.md`` the table.
@@ -59,7 +59,7 @@ def run_live(config: NodesConfig, folder: Folder) -> str:
         RuntimeError: An answer after the loss of one node came later than the time limit.
     """
     name = config.live.variant or _first_with_skips(config)
-    images = test_set(config)
+    images = test_set(config, samples_of(config, folder)[1])
     if (config.live.images or 0) > len(images):
         raise ValueError(f"live.images: there are {len(images)} test images, got {config.live.images}")
     network = trained(config, name, images, seed=config.seed, folder=folder)

@@ -20,9 +20,10 @@ from ftnas.campaign import RECORDS, CampaignConfig, Subject, SweepConfig, run_ca
 from ftnas.config import SEARCHES, RunConfig
 from ftnas.data import DataConfig, ImageSet, load, stratified_split
 from ftnas.derive import VERSION, WINNER
+from ftnas.devices import pick_device
 from ftnas.foresight import check_recipe
 from ftnas.models import count, describe, load_model
-from ftnas.pipeline import Pipeline, pick_device
+from ftnas.pipeline import Pipeline
 from ftnas.rng import seed_for
 from ftnas.rundir import RunDir
 from ftnas.space import load_space, space_names

@@ -19,15 +19,20 @@ from ftnas.bounds import (
     even,
     largest,
     margins,
+    neuron_costs,
+    of_samples,
     read_certificate,
     summarize,
+    synapse_costs,
     tolerances,
     total,
     verify,
     write_certificate,
 )
 from ftnas.bounds import search as searching
-from ftnas.bounds.certificate import Certificate
+from ftnas.bounds.certificate import Certificate, model_digest
+from ftnas.bounds.margins import _costs
+from ftnas.bounds.ops import Box
 from ftnas.bounds.search import asked
 from ftnas.rng import generator, isolated
 from ftnas.settings import parse
@@ -294,6 +299,38 @@ def test_a_tampered_certificate_over_samples_fails(tmp_path, name):
     with pytest.raises(ValueError, match=message) as caught:
         verify(parse(Certificate, plain), model, x)
     assert "\n" not in str(caught.value)
+
+
+def convolutional(seed=2):
+    with isolated(seed, "net"):
+        head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+        return nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), *head)
+
+
+def test_samples_of_another_shape_than_the_certificate_says_fail():
+    """By a smaller shape a value of the summary would stand for a whole map, and each path for all of them."""
+    model, x = convolutional(), normal(5, 1, 6, 6)
+    made = certify_samples(model, x, failures=Failures(), share=0.5)
+    small = model_digest(model, summarize(model, (1, 1, 1)))
+    with pytest.raises(ValueError, match=r"samples of shape \(1, 1, 1\), got \(1, 6, 6\)"):
+        verify(made.model_copy(update={"shape": (1, 1, 1), "model": small}), model, x)
+
+
+@pytest.mark.parametrize("failures", [Failures(), Failures(component="synapse")])
+def test_ranges_of_another_shape_are_refused(failures):
+    model, x = convolutional(), normal(5, 1, 6, 6)
+    small, whole = summarize(model, (1, 1, 1)), summarize(model, (1, 6, 6))
+    costs = neuron_costs if failures.component == "neuron" else synapse_costs
+    calls = [
+        lambda: costs(small, of_samples(whole, x), failures),
+        lambda: _costs(small, small, of_samples(whole, x), failures, torch.zeros(5, 2, dtype=torch.int64)),
+        lambda: margins(small, x, Failures()),
+        lambda: small.boxes(Box(x, x)),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"shape \([12], 1, 1\)") as caught:
+            call()
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("budget", [0.5, None])

@@ -234,6 +234,10 @@ def verify(certificate: Certificate, model: nn.Module, inputs: Tensor | None = N
             raise ValueError("the certificate is about other samples than those given; their digests differ")
         if len(inputs) != certificate.domain.number:
             raise ValueError(f"the certificate says {certificate.domain.number} samples, and there are {len(inputs)}")
+        if tuple(inputs.shape[1:]) != certificate.shape:
+            raise ValueError(
+                f"the certificate is about samples of shape {certificate.shape}, got {tuple(inputs.shape[1:])}"
+            )
         found = margins(summary, inputs, certificate.failures)
         costs, budgets = found.costs, found.budgets
         _check_layers(certificate, costs)

@@ -78,7 +78,11 @@ class Summary:
         Args:
             inputs: [B, ...].
             change: What is done to the values of a node before others read them, e.g. failures.
+
+        Raises:
+            ValueError: The inputs are of another shape than the summary.
         """
+        self._check(inputs)
         values: list[Tensor] = []
         for number, node in enumerate(self.nodes):
             value = inputs.double() if node.op is None else self._apply(node, Op.run, values)
@@ -88,6 +92,7 @@ class Summary:
     @torch.no_grad()
     def boxes(self, box: Box) -> list[Box]:
         """Return intervals that hold every value of every node for inputs in a box of float64 [B, ...] each."""
+        self._check(box.low)
         boxes: list[Box] = []
         for node in self.nodes:
             if node.op is None:
@@ -172,6 +177,13 @@ class Summary:
                 kind = repr(op)
             lines.append(f"{node.name}: {kind} of {node.inputs} -> {node.shape}")
         return "\n".join(lines)
+
+    def _check(self, inputs: Tensor) -> None:
+        shape = self.nodes[0].shape
+        if tuple(inputs.shape[1:]) != shape:
+            raise ValueError(
+                f"the summary is of samples of shape {shape}, got {tuple(inputs.shape[1:])}; summarize the model anew"
+            )
 
     def _apply(self, node: Node, function: Callable[..., Tensor], values: Sequence[Tensor]) -> Tensor:
         assert node.op is not None

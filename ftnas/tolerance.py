@@ -19,6 +19,7 @@ from ftnas.bounds import (
     Summary,
     certify,
     certify_samples,
+    every_image,
     intervals,
     local_answers,
     margins,
@@ -158,8 +159,7 @@ def bound_model(
 
 def box_of(images: ImageSet) -> BoxOfInputs:
     """Return all images that there can be: every pixel from black to white, normalised."""
-    low, high = ([(end - m) / s for m, s in zip(images.mean, images.std, strict=True)] for end in (0.0, 1.0))
-    return BoxOfInputs(low=tuple(low), high=tuple(high))
+    return every_image(images.mean, images.std)
 
 
 def _alone(cost: Cost, budget: float) -> dict[str, Any]:

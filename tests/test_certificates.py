@@ -245,6 +245,22 @@ def test_files_are_read_as_they_were_written(tmp_path):
         verify(again, model, x if again.domain.kind == "samples" else None)
 
 
+def test_the_statement_in_a_line_says_what_holds():
+    model = chain()
+    lies = Failures(kind="byzantine", capacity=0.5, capacity_of="transmitted")
+    made = certify(model, BOX, shape=(3,), failures=lies, budget=20.0)
+    assert made.summary() == (
+        f"{sum(made.counts)} failures (byzantine of a neuron, sending at most 0.5) in 2 layers, error at most "
+        f"{made.bound:.6g} within a budget of 20, for every input of shape (3,) with channels from "
+        "-1 to 1, -1 to 1, 0 to 1"
+    )
+    wide = BoxOfInputs(low=(0.0, 0.0, 0.0, 0.0, -1.0), high=(2.0,) * 5)
+    assert wide.describe() == "from -1 to 2, each channel in an interval of its own"
+    off = Failures(kind="byzantine", component="synapse", capacity=0.25)
+    assert off.describe() == "byzantine of a synapse, off by at most 0.25"
+    assert Failures(unit="channel").describe() == "crash of a channel"
+
+
 def tampered(tmp_path, change, *, seal):
     """Write a certificate, change its data, and read it; with ``seal`` its hash is made anew."""
     model = chain()

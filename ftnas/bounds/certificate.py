@@ -32,6 +32,16 @@ class BoxOfInputs(Settings):
     low: tuple[float, ...] = Field(min_length=1)
     high: tuple[float, ...] = Field(min_length=1)
 
+    def describe(self) -> str:
+        """Return it in words: the interval of each channel, or the widest where there are many."""
+        if len(set(zip(self.low, self.high, strict=False))) == 1:
+            return f"from {self.low[0]:.6g} to {self.high[0]:.6g}"
+        if len(self.low) > 4:
+            return f"from {min(self.low):.6g} to {max(self.high):.6g}, each channel in an interval of its own"
+        return "with channels from " + ", ".join(
+            f"{low:.6g} to {high:.6g}" for low, high in zip(self.low, self.high, strict=False)
+        )
+
     def ends(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the ends for samples of a shape; ValueError when there is not one for each channel."""
         if not len(self.low) == len(self.high) == shape[0]:
@@ -122,11 +132,13 @@ class Certificate(Settings):
         return [layer.failures for layer in self.layers]
 
     def summary(self) -> str:
-        """Return the statement in a few words."""
-        failures = f"{sum(self.counts)} failures in {len(self.layers)} layers"
+        """Return the statement in a line: what fails, what that does, and for which inputs."""
+        what = f"{sum(self.counts)} failures ({self.failures.describe()}) in {len(self.layers)} layers"
         if isinstance(self.domain, BoxOfInputs):
-            return f"{failures}, error at most {self.bound:.6g}"
-        return f"{failures}, the answers of {len(self.domain.certified)} of {self.domain.number} samples stay"
+            error = f"error at most {self.bound:.6g} within a budget of {self.budget:.6g}"
+            return f"{what}, {error}, for every input of shape {self.shape} {self.domain.describe()}"
+        stay = f"the answers of {len(self.domain.certified)} of {self.domain.number} samples stay"
+        return f"{what}, of inputs of shape {self.shape} {stay}"
 
 
 def certify(

@@ -57,6 +57,14 @@ class Failures(Settings):
             raise ValueError("unit has no effect on synapses; leave it out")
         return self
 
+    def describe(self) -> str:
+        """Return it in a few words."""
+        what = f"{self.kind} of a {'channel' if self.unit == 'channel' else self.component}"
+        if self.kind == "crash":
+            return what
+        limit = "no limit" if self.capacity is None else f"{self.capacity:.6g}"
+        return f"{what}, {'off by' if self.capacity_of == 'deviation' else 'sending'} at most {limit}"
+
     def deviation(self, box: Box) -> Tensor:
         """Bound how far a failed component's value is from the right one, which lies in the box; [B, ...]."""
         if self.kind == "crash":

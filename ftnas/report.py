@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ftnas import heatmaps, plots
 from ftnas.records import Comparison, Difference, IntervalKind, nothing_compared, read_comparison
-from ftnas.stats import Interval
+from ftnas.stats import ROUNDING, Interval
 from ftnas.storage import atomic_write, read_journal
 from ftnas.tables import (
     Cell,
@@ -120,7 +120,7 @@ def _table(comparison: Comparison, fault: str, differences: list[Difference]) ->
             [
                 Cell(
                     interval=interval,
-                    best=interval is not None and top is not None and interval.mean >= top - 1e-12,
+                    best=interval is not None and top is not None and interval.mean >= top - ROUNDING,
                     mark=clear.get((model.name, rate), 0),
                 )
                 for model, interval in zip(comparison.models, intervals, strict=True)

@@ -9,7 +9,7 @@ from torch import nn
 
 import ftnas
 from ftnas import baselines
-from ftnas.bounds import Cut, absolute, norm, summarize
+from ftnas.bounds import BoxOfInputs, Cut, Failures, absolute, certify, norm, summarize
 from ftnas.bounds.expected import gain
 from ftnas.bounds.ops import Box
 from ftnas.faults import NeuronCrash
@@ -310,6 +310,70 @@ def test_the_structure_tells_networks_apart():
     one = summarize(plain(0), (4,)).structure()
     assert one == summarize(plain(1), (4,)).structure()
     assert one != summarize(plain(0, width=6), (4,)).structure()
+
+
+class Calls(nn.Module):
+    """A perceptron on [4] whose hidden values pass through a function."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.second, self.between = nn.Linear(4, 4), nn.Linear(4, 2), between
+
+    def forward(self, x):
+        return self.second(self.between(self.first(x)))
+
+
+def layers(module):
+    return nn.Sequential(nn.Linear(4, 4), module, nn.Linear(4, 2))
+
+
+def images(*modules):
+    return nn.Sequential(nn.Unflatten(1, (1, 2, 2)), *modules, nn.Flatten(), nn.LazyLinear(2))
+
+
+def saturated(function):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    ftnas.saturate(model, function)
+    return model
+
+
+CONSTANTS_OF_A_NETWORK = {
+    "slope": (lambda c: layers(nn.LeakyReLU(c)), 0.01, 0.9),
+    "limit": (lambda c: layers(nn.Hardtanh(-1.0, c)), 1.0, 2.0),
+    "beta": (lambda c: layers(nn.Softplus(beta=c)), 1.0, 2.0),
+    "eps": (lambda c: layers(nn.BatchNorm1d(4, eps=c)), 1e-5, 1e-3),
+    "factor": (lambda c: Calls(lambda x: x * c), 2.0, 3.0),
+    "shift": (lambda c: Calls(lambda x: x + c), 0.0, 7.0),
+    "slice": (lambda c: Calls(lambda x: torch.cat([x[:, c : c + 2]] * 2, dim=1)), 0, 1),
+    "pad": (lambda c: Calls(lambda x: nn.functional.pad(x[:, :3], c)), (1, 0), (0, 1)),
+    "average": (lambda c: images(nn.AvgPool2d(2, 1, 1, count_include_pad=c)), True, False),
+    "saturation": (saturated, "tanh", "softsign"),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS_OF_A_NETWORK)
+def test_a_certificate_is_not_of_a_network_with_other_constants(name):
+    """What changes outputs and is neither a weight nor a shape: the state alone fits both networks."""
+    make, one, other = CONSTANTS_OF_A_NETWORK[name]
+    first, again, second = make(one), make(one), make(other)
+    box = BoxOfInputs(low=(-1.0,) * 4, high=(1.0,) * 4)
+    failures = Failures(component="synapse", kind="byzantine", capacity=0.1)
+    for model in (first, again, second):
+        model.eval()(normal(2, 4))
+    digests = []
+    for model in (first, again, second):
+        with torch.no_grad():
+            for own, value in zip(model.parameters(), first.parameters(), strict=True):
+                own.copy_(value)
+        certificate = certify(model, box, shape=(4,), failures=failures, budget=9.0)
+        digests.append(certificate.model)
+    assert digests[0] == digests[1] != digests[2]
+    assert not torch.equal(first(normal(50, 4)), second(normal(50, 4)))
+
+
+def test_working_in_place_is_no_other_network():
+    digests = [summarize(layers(nn.LeakyReLU(0.1, inplace=inplace)), (4,)).structure() for inplace in (False, True)]
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.parametrize("net", ["plain", "joined", "resnet20"])

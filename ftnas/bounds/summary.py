@@ -164,7 +164,7 @@ class Summary:
         return next((n.op.weight.device for n in self.nodes if isinstance(n.op, Affine)), torch.device("cpu"))
 
     def structure(self) -> str:
-        """Return the operations and shapes in words, without the weights."""
+        """Return the operations, their constants and shapes in words, without the weights."""
         lines = []
         for node in self.nodes:
             op = node.op
@@ -175,6 +175,8 @@ class Summary:
                 kind += f" {op.window}"
             elif isinstance(op, (MaxPool, Concat)):
                 kind = repr(op)
+            if op is not None and op.constants:
+                kind += f" ({op.constants})"
             lines.append(f"{node.name}: {kind} of {node.inputs} -> {node.shape}")
         return "\n".join(lines)
 
@@ -285,7 +287,9 @@ def _fold(nodes: Sequence[Node]) -> list[Node]:
                 f"layer {node.name!r} normalises positions and not the features that {before.name!r} gives, "
                 "which is not bounded; a Conv2d of kernel 1 and BatchNorm2d are"
             )
-        kept[source] = replace(before, op=before.op.scaled(node.op.factor.flatten(), node.op.shift.flatten()))
+        folded = before.op.scaled(node.op.factor.flatten(), node.op.shift.flatten())
+        constants = " ".join(filter(None, (before.op.constants, node.op.constants)))
+        kept[source] = replace(before, op=replace(folded, constants=constants))
         merged[number] = source
     needed = {merged.get(len(nodes) - 1, len(nodes) - 1)}
     for number in reversed(range(len(nodes))):

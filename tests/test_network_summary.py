@@ -9,7 +9,17 @@ from torch import nn
 
 import ftnas
 from ftnas import baselines
-from ftnas.bounds import BoxOfInputs, Cut, Failures, absolute, certify, norm, summarize
+from ftnas.bounds import (
+    BoxOfInputs,
+    Cut,
+    Failures,
+    absolute,
+    certify,
+    neuron_costs,
+    norm,
+    of_samples,
+    summarize,
+)
 from ftnas.bounds.expected import gain
 from ftnas.bounds.ops import Box
 from ftnas.faults import NeuronCrash
@@ -369,6 +379,35 @@ def test_a_certificate_is_not_of_a_network_with_other_constants(name):
         digests.append(certificate.model)
     assert digests[0] == digests[1] != digests[2]
     assert not torch.equal(first(normal(50, 4)), second(normal(50, 4)))
+
+
+def steep(dtype, **options):
+    """A network that reads a Softplus on both sides of its threshold, and multiplies what it gives by 1e6."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.Softplus(**options), nn.Linear(1, 1)).to(dtype)
+    with torch.no_grad():
+        for layer, weight, bias in ((0, 1.0, 0.0), (1, 1e-12, 20.0), (3, 1e6, 0.0)):
+            net[layer].weight.fill_(weight)
+            net[layer].bias.fill_(bias)
+    return net
+
+
+def test_a_softplus_is_bounded_where_its_jump_is_lost_in_rounding():
+    """By its threshold of 20 torch's falls by 2e-9: less than half a step of float32, and many steps of float64."""
+    with pytest.raises(ValueError, match="layer '2' has threshold 20.0, .* bound below a threshold of 40 in float64"):
+        summarize(steep(torch.float64), (1,))
+    for net in (steep(torch.float64, threshold=40), steep(torch.float32)):
+        summary = summarize(net, (1,))
+        ranges = of_samples(summary, torch.ones(1, 1))
+        (cost, _) = neuron_costs(summary, ranges, Failures())
+        x = torch.ones(1, 1, dtype=torch.float64)
+        (first, _) = summary.layers
+        changed = summary.run(x, {first.node: torch.zeros_like})[-1] - summary.run(x)[-1]
+        assert float(changed.abs()) <= float(cost.sums[0, 1]) + 1e-8
+    x = torch.linspace(15, 25, 4001)
+    assert bool((nn.Softplus()(x).diff() >= 0).all())
+    assert float(nn.Softplus()(torch.tensor([20.0, 20.0 + 1e-12], dtype=torch.float64)).diff()) < -1e-9
+    with pytest.raises(ValueError, match="has threshold 1, .* below a threshold of 20 in float32"):
+        summarize(steep(torch.float32, threshold=1), (1,))
 
 
 def test_working_in_place_is_no_other_network():

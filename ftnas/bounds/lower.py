@@ -29,6 +29,9 @@ FUNCTIONS: dict[str, type[nn.Module]] = {
 """The same as functions and methods without arguments of their own."""
 
 MOVED = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
+SMOOTH = 40.0
+"""Threshold of a Softplus from which its jump, log(1 + exp(-threshold)) / beta, is lost in float64; in float32 20."""
+
 RESHAPES = frozenset({"flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "detach", "clone"})
 ADDS = frozenset({"add", "add_", "iadd", "sub", "isub"})
 FACTORS = frozenset({"mul", "mul_", "imul", "truediv", "div", "itruediv"})
@@ -73,14 +76,14 @@ def _module(name: str, module: nn.Module, node: fx.Node, values: dict[str, Tenso
         return _adaptive(module.forward, node, values)
     if isinstance(module, MOVED):
         return _reshape(name, node, values)
-    return _activation(name, module)
+    return _activation(name, module, next(iter(values.values())).dtype)
 
 
 def _function(name: str, node: fx.Node, values: dict[str, Tensor], read: list[fx.Node]) -> tuple[Op, list[fx.Node]]:
     """Return the operation of a function or a method."""
     args: Any = node.args
     if name in FUNCTIONS:
-        return _activation(name, FUNCTIONS[name]()), read
+        return _activation(name, FUNCTIONS[name](), next(iter(values.values())).dtype), read
     if name in RESHAPES:
         return _reshape(name, node, values), read
     if name in ADDS or name in FACTORS:
@@ -147,7 +150,7 @@ def _norm(name: str, module: nn.BatchNorm1d | nn.BatchNorm2d, dims: int) -> Norm
     return Norm(factor.view(shape), shift.view(shape), f"eps={module.eps}")
 
 
-def _activation(name: str, module: nn.Module) -> Activation:
+def _activation(name: str, module: nn.Module, dtype: torch.dtype) -> Activation:
     kind = type(module)
     slopes = {nn.LeakyReLU: "negative_slope", nn.ELU: "alpha", nn.CELU: "alpha"}
     lipschitz = CONSTANTS.get(kind)
@@ -159,10 +162,8 @@ def _activation(name: str, module: nn.Module) -> Activation:
             f"layer {name!r} is a {kind.__name__}, which is not bounded; Linear, Conv2d, BatchNorm, pooling and "
             f"{known} are"
         )
-    if isinstance(module, nn.Softplus) and module.threshold < 20:
-        raise ValueError(
-            f"layer {name!r} has threshold {module.threshold}, where it jumps down; no bound below a threshold of 20"
-        )
+    if isinstance(module, nn.Softplus):
+        return _softplus(name, module, dtype)
     if kind in slopes:
         slope = float(getattr(module, slopes[kind]))
         if slope < 0:
@@ -171,6 +172,18 @@ def _activation(name: str, module: nn.Module) -> Activation:
     if getattr(module, "inplace", False):
         return Activation(_out_of_place(module), lipschitz, kind.__name__, settings(module))
     return Activation(module.forward, lipschitz, kind.__name__, settings(module))
+
+
+def _softplus(name: str, module: nn.Softplus, dtype: torch.dtype) -> Activation:
+    """Return log(1 + exp(beta x)) / beta itself: in the model's dtype the jump at its threshold is lost in rounding."""
+    least = SMOOTH if dtype == torch.float64 else 20.0
+    if module.threshold < least:
+        raise ValueError(
+            f"layer {name!r} has threshold {module.threshold}, where it jumps down; no bound below a threshold of "
+            f"{least:g} in {str(dtype).removeprefix('torch.')}"
+        )
+    beta, threshold = module.beta, max(module.threshold, SMOOTH)
+    return Activation(lambda x: F.softplus(x, beta, threshold), 1.0, "Softplus", settings(module))
 
 
 def settings(module: nn.Module) -> str:

@@ -441,6 +441,27 @@ def test_bad_input_is_one_line(call, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_reads_in_two_ways_is_refused(tmp_path):
+    """The hash is over what is read, so that it fits a file whose first number is another one than its last."""
+    path = tmp_path / "certificate.json"
+    write_certificate(path, certify(chain(), BOX, shape=(3,), failures=Failures(), budget=1.0))
+    text = path.read_text()
+    bound = f'"budget": {read_certificate(path).budget}'
+    for old, new, message in (
+        ('"gap": 0', '"gap": 9,\n "gap": 0', "key 'gap' is given twice"),
+        ('"components": 5', '"components": 7, "components": 5', "key 'components' is given twice"),
+        (bound, '"budget": 1e999', "NaN or a number that is not finite"),
+        (bound, '"budget": NaN', "NaN or a number that is not finite"),
+        (bound, '"budget": ' + 9 * "999" * 999, "not JSON"),
+        (text, 100_000 * "[", "not JSON"),
+    ):
+        assert text.count(old) == 1
+        path.write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=message) as caught:
+            read_certificate(path)
+        assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
 def test_other_files_are_no_certificates(tmp_path):
     path = tmp_path / "x.json"
     for text in ("{", "[]", '{"version": 7}'):

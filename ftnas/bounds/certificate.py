@@ -287,15 +287,35 @@ def read_certificate(path: str | Path) -> Certificate:
     if not file.is_file():
         raise ValueError(f"no certificate {path}; `ftnas bounds` writes them as certificate.json")
     try:
-        plain: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        plain: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except _GivenTwiceError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (ValueError, RecursionError):  # a number of too many digits is a ValueError of its own
         raise ValueError(f"{path}: not JSON, so no certificate") from None
     if not isinstance(plain, dict) or plain.get("version") != SCHEMA:
         raise ValueError(f"{path}: no certificate of version {SCHEMA}")
     claimed = plain.pop("sha256", None)
-    if claimed != _hash(plain):
+    try:
+        own = _hash(plain)
+    except ValueError:
+        raise ValueError(f"{path}: holds NaN or a number that is not finite, so no certificate; make it anew") from None
+    if claimed != own:
         raise ValueError(f"{path}: changed after it was written: its SHA-256 does not fit; make it anew")
     return parse(Certificate, plain, where=str(path))
+
+
+class _GivenTwiceError(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that is given twice: its last value would count, and a reader may look at the first."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _GivenTwiceError(f"key {key!r} is given twice, so no certificate; make it anew")
+        found[key] = value
+    return found
 
 
 @torch.no_grad()

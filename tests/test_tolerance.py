@@ -178,6 +178,23 @@ def test_finished_numbers_are_kept(run, capsys):
     assert "written to" in capsys.readouterr().out
 
 
+def test_damaged_numbers_are_told_with_their_file(run, capsys):
+    path = run / "bounds" / "perceptron" / "seed-0" / "bounds.json"
+    whole, first = path.read_text(), numbers_of(run)
+    layer = {key: value for key, value in first["layers"][0].items() if key != "fep"}
+    damaged = [{"a": 1}, {**first, "schema": 2}, {**first, "layers": [layer]}, {**first, "layers": 3}, [1]]
+    try:
+        for text in (whole[: len(whole) // 2], "[" * 100_000, *map(json.dumps, damaged)):
+            path.write_text(text)
+            assert ftnas("bounds", "--resume", run) == 2
+            error = capsys.readouterr().err
+            assert f"error: {path}: damaged, or not of schema 1" in error and "remove it and go on" in error
+            assert error.count("\n") == 1
+    finally:
+        path.write_text(whole)
+    assert ftnas("bounds", "--resume", run) == 0
+
+
 @pytest.mark.parametrize(
     "failures",
     [

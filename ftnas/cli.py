@@ -202,7 +202,7 @@ def verify_command(
       ftnas verify certificate.json model.pt
       ftnas verify images.json model.pt --config runs/third/config.yaml data.root=~/images
     """  # noqa: D301 - click reads the backspace as "do not wrap"
-    from ftnas.bounds import read_certificate, verify
+    from ftnas.bounds import about_images, read_certificate, verify
     from ftnas.models import load_model
 
     if overrides and config is None:
@@ -220,8 +220,9 @@ def verify_command(
 
         images = bounded_images(*read_bounded(config, overrides))
         inputs, _ = next(images.batches(images.num_images))
-    verify(claim, load_model(model, allow_factory=allow_factory)[0], inputs)
-    click.echo(f"holds: {claim.summary()}")
+    network, metadata = load_model(model, allow_factory=allow_factory)
+    verify(claim, network, inputs)
+    click.echo(f"holds: {claim.summary()}{about_images(claim, metadata)}")
 
 
 @cli.command("report")

@@ -33,7 +33,8 @@ def correlation_interval(
         level: Confidence level in (0, 1).
 
     Raises:
-        ValueError: Shapes differ, fewer than three things, a side that is constant, or values are not finite.
+        ValueError: Shapes differ, fewer than three things, a side that is constant (or a row in each resample), or
+            values are not finite.
     """
     left, right = (np.atleast_2d(np.asarray(side, dtype=np.float64)) for side in (a, b))
     if left.shape != right.shape or left.ndim != 2 or left.shape[1] < 3:
@@ -52,7 +53,13 @@ def correlation_interval(
     function = _kendall if kind == "kendall" else _pearson
     weights = np.concatenate([np.ones((1, num)), drawn])
     found = np.mean([function(x, y, weights) for x, y in zip(left, right, strict=True)], axis=0)
-    low, high = np.quantile(found[1:][np.isfinite(found[1:])], [0.5 - level / 2, 0.5 + level / 2])
+    varied = found[1:][np.isfinite(found[1:])]
+    if not len(varied):
+        raise ValueError(
+            f"an interval needs resamples in which every row varies, and in each of {resamples} one row is constant; "
+            "give more things, or fewer rows"
+        )
+    low, high = np.quantile(varied, [0.5 - level / 2, 0.5 + level / 2])
     return Interval(
         mean=float(found[0]), low=float(low), high=float(high), num=num, method=f"bootstrap, {kind}", level=level
     )

@@ -116,6 +116,7 @@ def read_source(config: DataConfig, split: Split) -> Source:
         ValueError: Files are missing or malformed, or the subset is too large or too small; one line, with the fix.
     """
     source = SOURCES.get(config.name)(config, split)
+    _check(source, f"data.name: {config.name}, {split}")
     num = len(source.labels)
     if split == "test" or config.subset is None or config.subset == num:
         return source
@@ -127,6 +128,30 @@ def read_source(config: DataConfig, split: Split) -> Source:
         name = source.classes[int(empty.nonzero()[0])]
         raise ValueError(f"data.subset: {config.subset} images leave class {name!r} without any; raise it")
     return source.select(chosen)
+
+
+def _check(source: Source, where: str) -> None:
+    """Refuse what is not as `Source` says, of a source of the user's own; ValueErrors begin with ``where``."""
+    stored, labels, classes = source.stored, source.labels, len(source.classes)
+    if isinstance(stored, Tensor):
+        if stored.dtype != torch.uint8:
+            kind = str(stored.dtype).removeprefix("torch.")
+            raise ValueError(f"{where}: pixels are uint8 from 0 to 255, got {kind}; convert them")
+        if stored.ndim != 4 or stored.shape[1] not in (1, 3):
+            raise ValueError(
+                f"{where}: pixels are [N, C, H, W] with C of 1 or 3, got {list(stored.shape)}; reshape or permute them"
+            )
+    if labels.dtype != torch.int64:
+        kind = str(labels.dtype).removeprefix("torch.")
+        raise ValueError(f"{where}: labels are int64, got {kind}; give labels.long()")
+    if list(labels.shape) != [len(stored)] or not len(stored):
+        raise ValueError(
+            f"{where}: there is one label for each image, [N], and one image or more; got labels {list(labels.shape)} "
+            f"for {len(stored)} images"
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
+        raise ValueError(f"{where}: labels are 0 to {classes - 1}, for {classes} classes; got {wrong}")
 
 
 def stratified_split(labels: Tensor, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:

@@ -148,6 +148,14 @@ class Comparison:
     interval: IntervalKind = "student"
     _points: dict[tuple[str, str, float], dict[tuple[int, int | None], Record]] = field(repr=False)
 
+    @property
+    def devices_a_rate(self) -> str:
+        """Return the number of devices at each rate above 0, or the smallest and the largest: ``5 to 10``."""
+        points = [point for (_, _, rate), point in self._points.items() if rate > 0]
+        counts = [len({device for s, device in point if s == seed}) for point in points for seed, _ in point]
+        few, many = min(counts, default=0), max(counts, default=0)
+        return str(few) if few == many else f"{few} to {many}"
+
     def seeds(self, fault: str, model: str, rates: Sequence[float]) -> set[int]:
         """Return the training seeds that were measured at each of the rates."""
         return set.intersection(*({seed for seed, _ in self._points.get((fault, model, rate), {})} for rate in rates))

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ftnas import heatmaps, plots
 from ftnas.records import Comparison, Difference, IntervalKind, nothing_compared, read_comparison
-from ftnas.stats import Interval
+from ftnas.stats import ROUNDING, Interval
 from ftnas.storage import atomic_write, read_journal
 from ftnas.tables import (
     Cell,
@@ -44,12 +44,14 @@ def build_report(path: str | Path) -> Report:
     """Compute a report from a run folder's ``records.jsonl`` and whatever else of a run lies there.
 
     Raises:
-        ValueError: One line: no such folder, no records, or a record or genotype that cannot be read.
+        ValueError: One line: no such folder, a run that measures no accuracy, no records, or a record or genotype that
+            cannot be read.
     """
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such run folder")
     settings = _settings(path)
+    _check_kind(path, settings)
     vulnerabilities, protections = read_single(path / "single.jsonl"), read_protection(path / "protection.jsonl")
     if (vulnerabilities or protections) and not (path / "records.jsonl").exists():
         comparison = nothing_compared()
@@ -97,13 +99,32 @@ def build_report(path: str | Path) -> Report:
     )
 
 
+def _check_kind(path: Path, settings: str) -> None:
+    """Refuse a run that has no measurements by what it is, where its config tells that."""
+    whole = _config(settings)
+    if whole.get("partition"):
+        raise ValueError(f"{path}: a study of nodes; its table is made by `ftnas nodes evaluate`")
+    files = (path / f"{name}.jsonl" for name in ("records", "single", "protection"))
+    if not whole or any(map(whole.get, ("campaign", "single_faults", "protections"))) or any(f.exists() for f in files):
+        return
+    if whole.get("bounds"):
+        raise ValueError(f"{path}: this run has only bounds: {path / 'bounds' / 'table.md'}, by ftnas bounds --resume")
+    without = "no campaign, single_faults or protections section"
+    raise ValueError(f"{path}: this run measures nothing: its config has {without}; measure its models in one that has")
+
+
 def _section(settings: str, name: str) -> dict[str, Any]:
     """Return one section of a run's config, empty where there is none or the text is no config."""
-    try:
-        section = (yaml.safe_load(settings) or {}).get(name)
-    except (yaml.YAMLError, AttributeError):
-        return {}
+    section = _config(settings).get(name)
     return section if isinstance(section, dict) else {}
+
+
+def _config(settings: str) -> dict[str, Any]:
+    try:
+        whole = yaml.safe_load(settings)
+    except yaml.YAMLError:
+        return {}
+    return whole if isinstance(whole, dict) else {}
 
 
 def _table(comparison: Comparison, fault: str, differences: list[Difference]) -> list[list[Cell]]:
@@ -120,7 +141,7 @@ def _table(comparison: Comparison, fault: str, differences: list[Difference]) ->
             [
                 Cell(
                     interval=interval,
-                    best=interval is not None and top is not None and interval.mean >= top - 1e-12,
+                    best=interval is not None and top is not None and interval.mean >= top - ROUNDING,
                     mark=clear.get((model.name, rate), 0),
                 )
                 for model, interval in zip(comparison.models, intervals, strict=True)

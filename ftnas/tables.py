@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftnas.records import Comparison, Difference, is_known
-from ftnas.stats import Interval
+from ftnas.stats import ROUNDING, Interval
 from ftnas.vulnerability import ProtectionStudy, Vulnerability
 from ftnas.vulnerability import to_csv as csv_text
 
@@ -108,28 +108,39 @@ class Report:
         over = f"averaged over {len(rates)} rates" if len(rates) > 1 else f"at rate {rates[0]:g}"
         if len(means) == 1:
             return f"Under {shown} faults, {over}, {winner} keeps {100 * value:.1f}%. It was compared with nothing."
-        second, rival = means[1]
-        gap = self.comparison.difference(fault, winner, rival, None)
-        if gap is not None and gap.verdict > 0:
-            text = (
-                f"Under {shown} faults, {over}, {winner} is the most accurate: {100 * value:.1f}%, "
-                f"{points(gap)} above {rival}, the next best ({certainty(gap)})."
-            )
-        else:
-            reason = "no device in common" if gap is None else certainty(gap)
-            text = (
-                f"No clear winner under {shown} faults: {over}, {winner} ({100 * value:.1f}%) and {rival} "
-                f"({100 * second:.1f}%) differ by {100 * abs(value - second):.1f} points ({reason})."
-            )
+        text = self._first_two(fault, over, *means[:2])
+        rival = means[1][1]
         behind = self.comparison.difference(fault, winner, self.reference, None)
         if self.reference not in (winner, rival) and behind is not None:
-            text += f" {self.reference} is {points(behind)} below {winner} ({certainty(behind)})."
+            side = "above" if behind.interval.mean < -ROUNDING else "below"
+            text += f" {self.reference} is {points(behind)} {side} {winner} ({certainty(behind)})."
         return text
+
+    def _first_two(self, fault: str, over: str, first: tuple[float, str], second: tuple[float, str]) -> str:
+        """Compare the two highest means: each is of a model's own devices, the difference of those that both have."""
+        shown, (value, winner), (other, rival) = self.spelt(fault), first, second
+        gap = self.comparison.difference(fault, winner, rival, None)
+        both = f"{over}, {winner} ({100 * value:.1f}%) and {rival} ({100 * other:.1f}%)"
+        if gap is None:
+            return f"No clear winner under {shown} faults: {both} have no device in common."
+        same = abs(gap.interval.mean - (value - other)) <= ROUNDING
+        where = "" if same else " on the devices that both have"
+        if gap.verdict > 0:
+            return (
+                f"Under {shown} faults, {over}, {winner} is the most accurate: {100 * value:.1f}%, "
+                f"{points(gap)} above {rival}, the next best{where} ({certainty(gap)})."
+            )
+        if gap.interval.mean < -ROUNDING:
+            lead = "The order depends on the devices" if gap.verdict else "No clear winner"
+            apart = f", each on its own devices; {rival} is {points(gap)} above {winner}{where}"
+        else:
+            lead, apart = "No clear winner", f" differ by {points(gap)}{where}"
+        return f"{lead} under {shown} faults: {both}{apart} ({certainty(gap)})."
 
     def method(self) -> str:
         """Say how the intervals were made, for the captions."""
         seeds = max(len(model.seeds) for model in self.comparison.models)
-        data = f"{self.comparison.num_images} test images, {len(self.comparison.devices)} devices a rate"
+        data = f"{self.comparison.num_images} test images, {self.comparison.devices_a_rate} devices a rate"
         if seeds == 1:
             how = "Student t" if self.comparison.interval == "student" else "bootstrap of devices and images"
             return (

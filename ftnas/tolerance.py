@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ftnas.bounds import (
     Summary,
     certify,
     certify_samples,
+    every_image,
     intervals,
     local_answers,
     margins,
@@ -43,6 +45,10 @@ from ftnas.settings import Count, Positive, Settings
 SCHEMA = 1
 NUMBERS = "bounds.json"
 TABLE = "table.md"
+KEYS = frozenset("model train_seed failures images accuracy budget certificate bits layers".split())
+OF_A_LAYER = frozenset("name components paths alone".split())
+OF_NEURONS = OF_A_LAYER | frozenset("fep on_images images_that_tolerate_one measured".split())
+"""What a file of numbers has at least; of the layers, what those of synapses and of neurons have."""
 
 
 class ToleranceConfig(Settings):
@@ -98,20 +104,39 @@ def run_tolerance(
         The tables in Markdown.
 
     Raises:
-        ValueError: A model cannot be summarised: one line with the layer that is not bounded.
+        ValueError: A model cannot be summarised: one line with the layer that is not bounded. Or its numbers are there
+            and damaged.
     """
     stage, texts = folder.stage("bounds"), []
     for subject in subjects:
         own = stage.stage(f"{subject.name}/seed-{subject.train_seed}")
         if not own.file(NUMBERS).exists():
             own.write_json(NUMBERS, bound_model(subject, images, config=config, seed=seed, folder=own))
-        numbers = json.loads(own.file(NUMBERS).read_text(encoding="utf-8"))
+        numbers = _read(own.file(NUMBERS))
         if not own.file("bounds.svg").exists():
             plots.save(boundplots.bound_against_truth(numbers), own.file("bounds"))
         texts.append(table(numbers))
     text = "\n".join(texts)
     stage.write_text(TABLE, text)
     return text
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read the numbers of a model; ValueError in one line for what this version has not written."""
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        numbers = None
+    if isinstance(numbers, dict) and numbers.get("schema") == SCHEMA:
+        wanted = OF_NEURONS if "images_certificate" in numbers else OF_A_LAYER
+        layers = numbers.get("layers")
+        if numbers.keys() >= KEYS and isinstance(layers, list):
+            if all(isinstance(layer, dict) and layer.keys() >= wanted for layer in layers):
+                return numbers
+    raise ValueError(
+        f"{path}: damaged, or not of schema {SCHEMA} that this version reads; remove it and go on with "
+        "ftnas bounds --resume RUN, which makes it anew"
+    )
 
 
 @torch.no_grad()
@@ -158,8 +183,7 @@ def bound_model(
 
 def box_of(images: ImageSet) -> BoxOfInputs:
     """Return all images that there can be: every pixel from black to white, normalised."""
-    low, high = ([(end - m) / s for m, s in zip(images.mean, images.std, strict=True)] for end in (0.0, 1.0))
-    return BoxOfInputs(low=tuple(low), high=tuple(high))
+    return every_image(images.mean, images.std)
 
 
 def _alone(cost: Cost, budget: float) -> dict[str, Any]:

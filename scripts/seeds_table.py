@@ -67,7 +67,7 @@ def difference(run: Comparison, fault: str, model: str, reference: str, rate: fl
     if found.over_seeds is None:
         return text(found.shown, "+") + (" *" if found.verdict else "")
     own = seed_difference(per_seed(run, fault, model, rate), per_seed(run, fault, reference, rate))
-    return text(own, "+") + (" *" if found.verdict and (own.low > 0 or own.high < 0) else "")
+    return text(own, "+") + (" *" if found.verdict and own.side else "")
 
 
 def text(interval: Interval, sign: str = "") -> str:

@@ -19,15 +19,20 @@ from ftnas.bounds import (
     even,
     largest,
     margins,
+    neuron_costs,
+    of_samples,
     read_certificate,
     summarize,
+    synapse_costs,
     tolerances,
     total,
     verify,
     write_certificate,
 )
 from ftnas.bounds import search as searching
-from ftnas.bounds.certificate import Certificate
+from ftnas.bounds.certificate import Certificate, model_digest
+from ftnas.bounds.margins import _costs
+from ftnas.bounds.ops import Box
 from ftnas.bounds.search import asked
 from ftnas.rng import generator, isolated
 from ftnas.settings import parse
@@ -240,6 +245,22 @@ def test_files_are_read_as_they_were_written(tmp_path):
         verify(again, model, x if again.domain.kind == "samples" else None)
 
 
+def test_the_statement_in_a_line_says_what_holds():
+    model = chain()
+    lies = Failures(kind="byzantine", capacity=0.5, capacity_of="transmitted")
+    made = certify(model, BOX, shape=(3,), failures=lies, budget=20.0)
+    assert made.summary() == (
+        f"{sum(made.counts)} failures (byzantine of a neuron, sending at most 0.5) in 2 layers, error at most "
+        f"{made.bound:.6g} within a budget of 20, for every input of shape (3,) with channels from "
+        "-1 to 1, -1 to 1, 0 to 1"
+    )
+    wide = BoxOfInputs(low=(0.0, 0.0, 0.0, 0.0, -1.0), high=(2.0,) * 5)
+    assert wide.describe() == "from -1 to 2, each channel in an interval of its own"
+    off = Failures(kind="byzantine", component="synapse", capacity=0.25)
+    assert off.describe() == "byzantine of a synapse, off by at most 0.25"
+    assert Failures(unit="channel").describe() == "crash of a channel"
+
+
 def tampered(tmp_path, change, *, seal):
     """Write a certificate, change its data, and read it; with ``seal`` its hash is made anew."""
     model = chain()
@@ -294,6 +315,38 @@ def test_a_tampered_certificate_over_samples_fails(tmp_path, name):
     with pytest.raises(ValueError, match=message) as caught:
         verify(parse(Certificate, plain), model, x)
     assert "\n" not in str(caught.value)
+
+
+def convolutional(seed=2):
+    with isolated(seed, "net"):
+        head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+        return nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), *head)
+
+
+def test_samples_of_another_shape_than_the_certificate_says_fail():
+    """By a smaller shape a value of the summary would stand for a whole map, and each path for all of them."""
+    model, x = convolutional(), normal(5, 1, 6, 6)
+    made = certify_samples(model, x, failures=Failures(), share=0.5)
+    small = model_digest(model, summarize(model, (1, 1, 1)))
+    with pytest.raises(ValueError, match=r"samples of shape \(1, 1, 1\), got \(1, 6, 6\)"):
+        verify(made.model_copy(update={"shape": (1, 1, 1), "model": small}), model, x)
+
+
+@pytest.mark.parametrize("failures", [Failures(), Failures(component="synapse")])
+def test_ranges_of_another_shape_are_refused(failures):
+    model, x = convolutional(), normal(5, 1, 6, 6)
+    small, whole = summarize(model, (1, 1, 1)), summarize(model, (1, 6, 6))
+    costs = neuron_costs if failures.component == "neuron" else synapse_costs
+    calls = [
+        lambda: costs(small, of_samples(whole, x), failures),
+        lambda: _costs(small, small, of_samples(whole, x), failures, torch.zeros(5, 2, dtype=torch.int64)),
+        lambda: margins(small, x, Failures()),
+        lambda: small.boxes(Box(x, x)),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"shape \([12], 1, 1\)") as caught:
+            call()
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("budget", [0.5, None])
@@ -386,6 +439,27 @@ def test_bad_input_is_one_line(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call(chain())
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_reads_in_two_ways_is_refused(tmp_path):
+    """The hash is over what is read, so that it fits a file whose first number is another one than its last."""
+    path = tmp_path / "certificate.json"
+    write_certificate(path, certify(chain(), BOX, shape=(3,), failures=Failures(), budget=1.0))
+    text = path.read_text()
+    bound = f'"budget": {read_certificate(path).budget}'
+    for old, new, message in (
+        ('"gap": 0', '"gap": 9,\n "gap": 0', "key 'gap' is given twice"),
+        ('"components": 5', '"components": 7, "components": 5', "key 'components' is given twice"),
+        (bound, '"budget": 1e999', "NaN or a number that is not finite"),
+        (bound, '"budget": NaN', "NaN or a number that is not finite"),
+        (bound, '"budget": ' + 9 * "999" * 999, "not JSON"),
+        (text, 100_000 * "[", "not JSON"),
+    ):
+        assert text.count(old) == 1
+        path.write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=message) as caught:
+            read_certificate(path)
+        assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
 def test_other_files_are_no_certificates(tmp_path):

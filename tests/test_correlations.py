@@ -46,6 +46,14 @@ def test_resamples_of_equal_values_are_left_out():
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(varied, [0.025, 0.975])))
 
 
+def test_rows_of_which_one_is_constant_in_every_resample_are_refused():
+    """Each of 15 rows is a single one among zeros: a resample in which all vary holds each thing once, p = 3e-6."""
+    rows = np.random.default_rng(0).normal(size=(15, 15))
+    with pytest.raises(ValueError, match="in each of 200 one row is constant") as caught:
+        correlation_interval(np.eye(15), rows, resamples=200)
+    assert "\n" not in str(caught.value)
+
+
 def test_perfect_order_has_no_spread():
     found = correlation_interval([1.0, 2.0, 3.0, 4.0], [1.0, 4.0, 9.0, 16.0], resamples=100)
     assert (found.mean, found.low, found.high) == pytest.approx((1.0, 1.0, 1.0))

@@ -269,6 +269,17 @@ def test_tails_are_reached_by_one_unit():
     torch.testing.assert_close(bounds.tail_norm(moments, 2.0), torch.full((1,), p, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("epsilon", [1e-170, 1e200])
+def test_tails_whose_squares_no_float_holds(epsilon):
+    zero, some = torch.zeros(1, 2, dtype=torch.float64), torch.full((1, 2), epsilon / 10, dtype=torch.float64)
+    for found in (bounds.tail, bounds.tail_above):
+        assert found(Moments(zero, zero), epsilon).tolist() == [[0.0, 0.0]]
+    assert bounds.tail_norm(Moments(zero, zero), epsilon).tolist() == [0.0]
+    assert bounds.tail_norm(Moments(some, zero), epsilon).tolist() == pytest.approx([0.02])
+    assert bounds.tail(Moments(some, zero), epsilon).tolist() == [[0.0, 0.0]]  # a sure error below epsilon
+    assert bounds.tail(Moments(10 * some, zero), epsilon).tolist() == [[1.0, 1.0]]
+
+
 def test_a_sure_error_has_no_tail():
     none = Moments(torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2))
     assert bounds.tail(none, 1.0).tolist() == [[0.0, 1.0]]

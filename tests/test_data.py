@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftnas import data, images
-from ftnas.data import AugmentConfig, DataConfig, load, stratified_split
+from ftnas.data import SOURCES, AugmentConfig, DataConfig, Source, load, stratified_split
 from ftnas.settings import parse
 
 FOLDERS = os.environ.get("FTNAS_CIFAR10_FOLDERS")
@@ -253,6 +253,33 @@ def test_class_folders_are_read_in_sorted_order(tmp_path):
     assert train.classes == ("ant", "zebra") and train.labels.tolist() == [0] * 4 + [1] * 4
     assert train.shape == (3, 6, 7) and train.held
     assert (raw_pixels(train)[5].permute(1, 2, 0).numpy() == picture(1)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"stored": torch.rand(8, 1, 4, 4)}, "pixels are uint8 from 0 to 255, got float32; convert them"),
+        ({"stored": torch.zeros(8, 4, 4, dtype=torch.uint8)}, r"C of 1 or 3, got \[8, 4, 4\]; reshape"),
+        ({"stored": torch.zeros(8, 4, 4, 3, dtype=torch.uint8)}, r"C of 1 or 3, got \[8, 4, 4, 3\]; reshape"),
+        ({"labels": torch.arange(8, dtype=torch.int32) % 2}, r"labels are int64, got int32; give labels.long\(\)"),
+        ({"labels": torch.arange(7) % 2}, r"got labels \[7\] for 8 images"),
+        ({"labels": torch.eye(8, dtype=torch.int64)}, r"got labels \[8, 8\] for 8 images"),
+        ({"labels": torch.arange(8) % 3}, "labels are 0 to 1, for 2 classes; got 2"),
+        ({"labels": torch.arange(8) % 2 - 1}, "labels are 0 to 1, for 2 classes; got -1"),
+        ({"stored": torch.zeros(0, 1, 4, 4, dtype=torch.uint8), "labels": torch.zeros(0).long()}, "one image or more"),
+    ],
+)
+def test_a_source_of_ones_own_is_checked(change, message, monkeypatch):
+    whole = {"stored": torch.zeros(8, 1, 4, 4, dtype=torch.uint8), "labels": torch.arange(8) % 2}
+    source = Source(**{**whole, **change}, classes=("a", "b"))
+    monkeypatch.setitem(SOURCES._entries, "own", lambda config, split: source)
+    if message is None:
+        assert load(DataConfig(name="own"), "test").num_images == 8
+        return
+    with pytest.raises(ValueError, match=message) as caught:
+        load(DataConfig(name="own"), "train")
+    assert str(caught.value).startswith("data.name: own, train: ") and "\n" not in str(caught.value)
 
 
 def test_val_stands_in_for_a_missing_test(tmp_path):

@@ -9,7 +9,17 @@ from torch import nn
 
 import ftnas
 from ftnas import baselines
-from ftnas.bounds import Cut, absolute, norm, summarize
+from ftnas.bounds import (
+    BoxOfInputs,
+    Cut,
+    Failures,
+    absolute,
+    certify,
+    neuron_costs,
+    norm,
+    of_samples,
+    summarize,
+)
 from ftnas.bounds.expected import gain
 from ftnas.bounds.ops import Box
 from ftnas.faults import NeuronCrash
@@ -310,6 +320,99 @@ def test_the_structure_tells_networks_apart():
     one = summarize(plain(0), (4,)).structure()
     assert one == summarize(plain(1), (4,)).structure()
     assert one != summarize(plain(0, width=6), (4,)).structure()
+
+
+class Calls(nn.Module):
+    """A perceptron on [4] whose hidden values pass through a function."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.second, self.between = nn.Linear(4, 4), nn.Linear(4, 2), between
+
+    def forward(self, x):
+        return self.second(self.between(self.first(x)))
+
+
+def layers(module):
+    return nn.Sequential(nn.Linear(4, 4), module, nn.Linear(4, 2))
+
+
+def images(*modules):
+    return nn.Sequential(nn.Unflatten(1, (1, 2, 2)), *modules, nn.Flatten(), nn.LazyLinear(2))
+
+
+def saturated(function):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    ftnas.saturate(model, function)
+    return model
+
+
+CONSTANTS_OF_A_NETWORK = {
+    "slope": (lambda c: layers(nn.LeakyReLU(c)), 0.01, 0.9),
+    "limit": (lambda c: layers(nn.Hardtanh(-1.0, c)), 1.0, 2.0),
+    "beta": (lambda c: layers(nn.Softplus(beta=c)), 1.0, 2.0),
+    "eps": (lambda c: layers(nn.BatchNorm1d(4, eps=c)), 1e-5, 1e-3),
+    "factor": (lambda c: Calls(lambda x: x * c), 2.0, 3.0),
+    "shift": (lambda c: Calls(lambda x: x + c), 0.0, 7.0),
+    "slice": (lambda c: Calls(lambda x: torch.cat([x[:, c : c + 2]] * 2, dim=1)), 0, 1),
+    "pad": (lambda c: Calls(lambda x: nn.functional.pad(x[:, :3], c)), (1, 0), (0, 1)),
+    "average": (lambda c: images(nn.AvgPool2d(2, 1, 1, count_include_pad=c)), True, False),
+    "saturation": (saturated, "tanh", "softsign"),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS_OF_A_NETWORK)
+def test_a_certificate_is_not_of_a_network_with_other_constants(name):
+    """What changes outputs and is neither a weight nor a shape: the state alone fits both networks."""
+    make, one, other = CONSTANTS_OF_A_NETWORK[name]
+    first, again, second = make(one), make(one), make(other)
+    box = BoxOfInputs(low=(-1.0,) * 4, high=(1.0,) * 4)
+    failures = Failures(component="synapse", kind="byzantine", capacity=0.1)
+    for model in (first, again, second):
+        model.eval()(normal(2, 4))
+    digests = []
+    for model in (first, again, second):
+        with torch.no_grad():
+            for own, value in zip(model.parameters(), first.parameters(), strict=True):
+                own.copy_(value)
+        certificate = certify(model, box, shape=(4,), failures=failures, budget=9.0)
+        digests.append(certificate.model)
+    assert digests[0] == digests[1] != digests[2]
+    assert not torch.equal(first(normal(50, 4)), second(normal(50, 4)))
+
+
+def steep(dtype, **options):
+    """A network that reads a Softplus on both sides of its threshold, and multiplies what it gives by 1e6."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.Softplus(**options), nn.Linear(1, 1)).to(dtype)
+    with torch.no_grad():
+        for layer, weight, bias in ((0, 1.0, 0.0), (1, 1e-12, 20.0), (3, 1e6, 0.0)):
+            net[layer].weight.fill_(weight)
+            net[layer].bias.fill_(bias)
+    return net
+
+
+def test_a_softplus_is_bounded_where_its_jump_is_lost_in_rounding():
+    """By its threshold of 20 torch's falls by 2e-9: less than half a step of float32, and many steps of float64."""
+    with pytest.raises(ValueError, match="layer '2' has threshold 20.0, .* bound below a threshold of 40 in float64"):
+        summarize(steep(torch.float64), (1,))
+    for net in (steep(torch.float64, threshold=40), steep(torch.float32)):
+        summary = summarize(net, (1,))
+        ranges = of_samples(summary, torch.ones(1, 1))
+        (cost, _) = neuron_costs(summary, ranges, Failures())
+        x = torch.ones(1, 1, dtype=torch.float64)
+        (first, _) = summary.layers
+        changed = summary.run(x, {first.node: torch.zeros_like})[-1] - summary.run(x)[-1]
+        assert float(changed.abs()) <= float(cost.sums[0, 1]) + 1e-8
+    x = torch.linspace(15, 25, 4001)
+    assert bool((nn.Softplus()(x).diff() >= 0).all())
+    assert float(nn.Softplus()(torch.tensor([20.0, 20.0 + 1e-12], dtype=torch.float64)).diff()) < -1e-9
+    with pytest.raises(ValueError, match="has threshold 1, .* below a threshold of 20 in float32"):
+        summarize(steep(torch.float32, threshold=1), (1,))
+
+
+def test_working_in_place_is_no_other_network():
+    digests = [summarize(layers(nn.LeakyReLU(0.1, inplace=inplace)), (4,)).structure() for inplace in (False, True)]
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.parametrize("net", ["plain", "joined", "resnet20"])

@@ -346,6 +346,28 @@ def test_wrong_records(tmp_path: Path, change: dict[str, Any], message: str) -> 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "files", "message"),
+    [
+        ("bounds: {images: 5}", {"bounds/table.md": ""}, "only bounds: .*table.md, by ftnas bounds --resume"),
+        ("bounds: {images: 5}", {}, "only bounds: .*table.md, by ftnas bounds --resume"),
+        ("train: {models: {}}", {}, "no campaign, single_faults or protections section"),
+        ("partition: {nodes: {}}", {"records.jsonl": '{"variant": "a"}'}, "a study of nodes; .*`ftnas nodes evaluate`"),
+        ("single_faults: [{fault: adsaf}]", {}, "no records; measure models first"),
+        ("campaign: {devices: 3}", {"bounds/table.md": ""}, "no records; measure models first"),
+    ],
+)
+def test_a_run_of_another_kind_is_told_by_what_it_is(
+    tmp_path: Path, config: str, files: dict[str, str], message: str
+) -> None:
+    for name, text in {"config.yaml": config, **files}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    with pytest.raises(ValueError, match=message) as error:
+        build_report(tmp_path)
+    assert "\n" not in str(error.value) and not (tmp_path / "report").exists()
+
+
 def test_nothing_to_report(tmp_path: Path) -> None:
     for path, message in ((tmp_path / "none", "no such run folder"), (tmp_path, "no records; measure")):
         with pytest.raises(ValueError, match=message) as error:

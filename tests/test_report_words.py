@@ -90,6 +90,36 @@ def test_the_interval_that_is_given_is_the_one_that_decides(tmp_path):
     assert f"({certainty(other)})" in report.headline("adsaf") and certainty(other).endswith("zero is not excluded")
 
 
+def uneven(folder, **accuracies):
+    """Build a report of models that were measured on as many devices as they have accuracies of 100 images."""
+    folder.mkdir()
+    lines = [
+        swept("adsaf", name, 0, device, [image < right for image in range(100)])
+        for name, numbers in accuracies.items()
+        for device, right in enumerate(numbers)
+    ]
+    return build_report(write(folder, records=lines))
+
+
+def test_the_first_sentence_gives_the_difference_on_the_devices_of_both(tmp_path):
+    """b is ahead on its own devices, of which the second half is easier, and behind on each that both have."""
+    report = uneven(tmp_path / "a", a=[53, 55, 51, 53, 54], b=[50, 52, 48, 50, 52, 70, 70, 70, 70, 70], c=[30] * 5)
+    said = report.headline("adsaf")
+    assert said.startswith(
+        "The order depends on the devices under adSAF faults: at rate 0.1, b (60.2%) and a (53.2%), each on its own "
+        "devices; a is 2.8 points above b on the devices that both have (95% interval -3.4 to -2.2: zero is excluded)."
+    )
+    assert "5 to 10 devices a rate" in report.method()
+    third = uneven(tmp_path / "c", c=[52, 54, 50, 52, 53], a=[53, 55, 51, 53, 54], b=[50, 52, 48, 50, 52, *[70] * 5])
+    assert re.search(r" c is 1\.8 points above b \(95% interval -2.* to -1.*excluded\)", third.headline("adsaf"))
+    clear = uneven(tmp_path / "d", a=[53, 55, 51, 53, 54], b=[50, 52, 48, 50, 52, *[20] * 5])
+    best = "a is the most accurate: 53.2%, 2.8 points above b, the next best on the devices that both have"
+    assert best in clear.headline("adsaf")
+    same = uneven(tmp_path / "e", a=[53, 55, 51], b=[53, 51, 55])
+    assert "a (53.0%) and b (53.0%) differ by 0.0 points (95%" in same.headline("adsaf")
+    assert " 3 devices a rate" in same.method()
+
+
 @pytest.mark.parametrize(
     ("mean", "low", "high", "text"),
     [

@@ -78,6 +78,15 @@ def test_seed_difference_is_welch():
     assert (flat.low, flat.high) == (0.5, 0.5)
 
 
+def test_a_difference_of_rounding_is_not_clear():
+    """The same three accuracies in another order have means that differ in the last bit."""
+    a, b = [(0.9 + 0.8 + 0.7) / 3] * 3, [(0.7 + 0.8 + 0.9) / 3] * 3
+    assert a != b
+    found = [paired_difference(a, b), seed_difference(a, b), hierarchical_paired_difference([a] * 3, [b] * 3)]
+    assert [interval.side for interval in found] == [0, 0, 0]
+    assert [paired_difference(b, a).side, paired_difference([0.5, 0.5], [0.5 - 1e-6] * 2).side] == [0, 1]
+
+
 def test_seed_interval_sees_seed_means_only():
     values = np.random.default_rng(0).normal(size=(4, 3, 5))
     interval, expected = seed_interval(values), mean_interval(values.mean(axis=(1, 2)))

@@ -8,12 +8,23 @@ import torch
 import yaml
 
 from ftnas import baselines, boundplots, cli
-from ftnas.bounds import Failures, neuron_costs, of_samples, read_certificate, summarize, verify
+from ftnas.bounds import (
+    BoxOfInputs,
+    Failures,
+    about_images,
+    certify,
+    neuron_costs,
+    of_samples,
+    read_certificate,
+    summarize,
+    verify,
+    write_certificate,
+)
 from ftnas.bounds.attack import Attack
 from ftnas.campaign import Subject
 from ftnas.config import read_config
 from ftnas.data import load
-from ftnas.models import count
+from ftnas.models import ModelConfig, count, describe, load_model, save_model
 from ftnas.plots import pixels
 from ftnas.rng import generator, isolated
 from ftnas.rundir import Folder
@@ -93,10 +104,37 @@ def test_files_and_the_table(run):
 def test_a_certificate_is_verified_on_the_command_line(run, capsys):
     model, folder = run / "train" / "model.pt", run / "bounds" / "perceptron" / "seed-0"
     assert ftnas("verify", folder / "certificate.json", model, "--allow-factory") == 0
-    assert "holds: " in capsys.readouterr().out
+    made = read_certificate(folder / "certificate.json")
+    line = capsys.readouterr().out
+    assert line == f"holds: {made.summary()}, which is every image there can be\n"
+    assert "(crash of a neuron) in 2 layers, error at most" in line
+    assert f"within a budget of {made.budget:.6g}, for every input of shape (1, 8, 8) from " in line
     assert ftnas("verify", folder / "certificate.json", model) == 2
     error = capsys.readouterr().err
     assert "ftnas verify: --allow-factory" in error and error.count("\n") == 1
+
+
+def test_a_certificate_that_is_not_about_every_image_is_told_on_the_command_line(run, tmp_path, capsys):
+    model, folder = run / "train" / "model.pt", run / "bounds" / "perceptron" / "seed-0"
+    network, metadata = load_model(model, allow_factory=True)
+    made = read_certificate(folder / "certificate.json")
+    black = BoxOfInputs(low=made.domain.low, high=made.domain.low)
+    write_certificate(
+        tmp_path / "black.json", certify(network, black, shape=(1, 8, 8), failures=Failures(), budget=1.0)
+    )
+    assert ftnas("verify", tmp_path / "black.json", model, "--allow-factory") == 2
+    error = capsys.readouterr().err
+    assert "not about every image: channel 0 of its box is" in error and error.count("\n") == 1
+    config = ModelConfig(factory="ftnas.baselines:perceptron")
+    spec = describe(config, num_classes=10, in_channels=1, image_size=8)
+    save_model(tmp_path / "bare.pt", network, spec, {})
+    assert ftnas("verify", tmp_path / "black.json", tmp_path / "bare.pt", "--allow-factory") == 0
+    assert "the model file does not say how its images are normalised" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"inputs of shape \(1, 8, 8\), and the model's images are \(1, 4, 4\)"):
+        about_images(made, {**metadata, "shape": [1, 4, 4]})
+    low, high = (end * (1 + 1e-7) for end in (made.domain.low[0], made.domain.high[0]))
+    rounded = made.model_copy(update={"domain": BoxOfInputs(low=(low / (1 + 2e-7),), high=(high / (1 + 2e-7),))})
+    assert about_images(rounded, metadata) == ", which is every image there can be"
 
 
 def test_a_certificate_of_images_is_verified_with_the_config_that_names_them(run, tmp_path, capsys):
@@ -138,6 +176,23 @@ def test_finished_numbers_are_kept(run, capsys):
     assert ftnas("bounds", "--resume", run) == 0
     assert path.stat().st_mtime_ns == before
     assert "written to" in capsys.readouterr().out
+
+
+def test_damaged_numbers_are_told_with_their_file(run, capsys):
+    path = run / "bounds" / "perceptron" / "seed-0" / "bounds.json"
+    whole, first = path.read_text(), numbers_of(run)
+    layer = {key: value for key, value in first["layers"][0].items() if key != "fep"}
+    damaged = [{"a": 1}, {**first, "schema": 2}, {**first, "layers": [layer]}, {**first, "layers": 3}, [1]]
+    try:
+        for text in (whole[: len(whole) // 2], "[" * 100_000, *map(json.dumps, damaged)):
+            path.write_text(text)
+            assert ftnas("bounds", "--resume", run) == 2
+            error = capsys.readouterr().err
+            assert f"error: {path}: damaged, or not of schema 1" in error and "remove it and go on" in error
+            assert error.count("\n") == 1
+    finally:
+        path.write_text(whole)
+    assert ftnas("bounds", "--resume", run) == 0
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from ftnas.bounds.certificate import (
 from ftnas.bounds.crashes import Moments, exact, linear, sampled, single
 from ftnas.bounds.cut import INPUT, Cut
 from ftnas.bounds.expected import absolute, norm
+from ftnas.bounds.images import about_images, every_image
 from ftnas.bounds.local import local_answers, local_errors
 from ftnas.bounds.loss import WithLoss, loss_shift
 from ftnas.bounds.margins import Margins, margins
@@ -40,12 +41,14 @@ __all__ = [
     "Summary",
     "WeightForm",
     "WithLoss",
+    "about_images",
     "absolute",
     "byzantine",
     "byzantine_from_variance",
     "certify",
     "certify_samples",
     "even",
+    "every_image",
     "exact",
     "exact_jointly",
     "from_weights",

@@ -32,6 +32,16 @@ class BoxOfInputs(Settings):
     low: tuple[float, ...] = Field(min_length=1)
     high: tuple[float, ...] = Field(min_length=1)
 
+    def describe(self) -> str:
+        """Return it in words: the interval of each channel, or the widest where there are many."""
+        if len(set(zip(self.low, self.high, strict=False))) == 1:
+            return f"from {self.low[0]:.6g} to {self.high[0]:.6g}"
+        if len(self.low) > 4:
+            return f"from {min(self.low):.6g} to {max(self.high):.6g}, each channel in an interval of its own"
+        return "with channels from " + ", ".join(
+            f"{low:.6g} to {high:.6g}" for low, high in zip(self.low, self.high, strict=False)
+        )
+
     def ends(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the ends for samples of a shape; ValueError when there is not one for each channel."""
         if not len(self.low) == len(self.high) == shape[0]:
@@ -122,11 +132,13 @@ class Certificate(Settings):
         return [layer.failures for layer in self.layers]
 
     def summary(self) -> str:
-        """Return the statement in a few words."""
-        failures = f"{sum(self.counts)} failures in {len(self.layers)} layers"
+        """Return the statement in a line: what fails, what that does, and for which inputs."""
+        what = f"{sum(self.counts)} failures ({self.failures.describe()}) in {len(self.layers)} layers"
         if isinstance(self.domain, BoxOfInputs):
-            return f"{failures}, error at most {self.bound:.6g}"
-        return f"{failures}, the answers of {len(self.domain.certified)} of {self.domain.number} samples stay"
+            error = f"error at most {self.bound:.6g} within a budget of {self.budget:.6g}"
+            return f"{what}, {error}, for every input of shape {self.shape} {self.domain.describe()}"
+        stay = f"the answers of {len(self.domain.certified)} of {self.domain.number} samples stay"
+        return f"{what}, of inputs of shape {self.shape} {stay}"
 
 
 def certify(
@@ -234,6 +246,10 @@ def verify(certificate: Certificate, model: nn.Module, inputs: Tensor | None = N
             raise ValueError("the certificate is about other samples than those given; their digests differ")
         if len(inputs) != certificate.domain.number:
             raise ValueError(f"the certificate says {certificate.domain.number} samples, and there are {len(inputs)}")
+        if tuple(inputs.shape[1:]) != certificate.shape:
+            raise ValueError(
+                f"the certificate is about samples of shape {certificate.shape}, got {tuple(inputs.shape[1:])}"
+            )
         found = margins(summary, inputs, certificate.failures)
         costs, budgets = found.costs, found.budgets
         _check_layers(certificate, costs)
@@ -271,15 +287,35 @@ def read_certificate(path: str | Path) -> Certificate:
     if not file.is_file():
         raise ValueError(f"no certificate {path}; `ftnas bounds` writes them as certificate.json")
     try:
-        plain: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        plain: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except _GivenTwiceError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (ValueError, RecursionError):  # a number of too many digits is a ValueError of its own
         raise ValueError(f"{path}: not JSON, so no certificate") from None
     if not isinstance(plain, dict) or plain.get("version") != SCHEMA:
         raise ValueError(f"{path}: no certificate of version {SCHEMA}")
     claimed = plain.pop("sha256", None)
-    if claimed != _hash(plain):
+    try:
+        own = _hash(plain)
+    except ValueError:
+        raise ValueError(f"{path}: holds NaN or a number that is not finite, so no certificate; make it anew") from None
+    if claimed != own:
         raise ValueError(f"{path}: changed after it was written: its SHA-256 does not fit; make it anew")
     return parse(Certificate, plain, where=str(path))
+
+
+class _GivenTwiceError(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that is given twice: its last value would count, and a reader may look at the first."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _GivenTwiceError(f"key {key!r} is given twice, so no certificate; make it anew")
+        found[key] = value
+    return found
 
 
 @torch.no_grad()

@@ -29,6 +29,9 @@ FUNCTIONS: dict[str, type[nn.Module]] = {
 """The same as functions and methods without arguments of their own."""
 
 MOVED = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
+SMOOTH = 40.0
+"""Threshold of a Softplus from which its jump, log(1 + exp(-threshold)) / beta, is lost in float64; in float32 20."""
+
 RESHAPES = frozenset({"flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "detach", "clone"})
 ADDS = frozenset({"add", "add_", "iadd", "sub", "isub"})
 FACTORS = frozenset({"mul", "mul_", "imul", "truediv", "div", "itruediv"})
@@ -68,19 +71,19 @@ def _module(name: str, module: nn.Module, node: fx.Node, values: dict[str, Tenso
                 f"layer {name!r} has a divisor of its own, which is not bounded; use divisor_override=None"
             )
         size, stride = _pair(module.kernel_size), _pair(module.stride)
-        return Average(module.forward, _overlap(size, stride))
+        return Average(module.forward, _overlap(size, stride), settings(module))
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return _adaptive(module.forward, node, values)
     if isinstance(module, MOVED):
         return _reshape(name, node, values)
-    return _activation(name, module)
+    return _activation(name, module, next(iter(values.values())).dtype)
 
 
 def _function(name: str, node: fx.Node, values: dict[str, Tensor], read: list[fx.Node]) -> tuple[Op, list[fx.Node]]:
     """Return the operation of a function or a method."""
     args: Any = node.args
     if name in FUNCTIONS:
-        return _activation(name, FUNCTIONS[name]()), read
+        return _activation(name, FUNCTIONS[name](), next(iter(values.values())).dtype), read
     if name in RESHAPES:
         return _reshape(name, node, values), read
     if name in ADDS or name in FACTORS:
@@ -112,7 +115,8 @@ def _function(name: str, node: fx.Node, values: dict[str, Tensor], read: list[fx
         stride = _option(node, 2, "stride", None)
         rest: Any = args[1:]
         options: Any = dict(node.kwargs)
-        return Average(lambda x: F.avg_pool2d(x, *rest, **options), _overlap(size, _pair(stride or size))), read
+        overlap = _overlap(size, _pair(stride or size))
+        return Average(lambda x: F.avg_pool2d(x, *rest, **options), overlap, f"{rest} {options}"), read
     if name == "dropout" and _option(node, 2, "training", True) is False:
         return _reshape(name, node, values), read
     known = ", ".join(sorted({*FUNCTIONS, *RESHAPES, *ADDS, *FACTORS} | {"cat", "pad", "mean over the map", "pooling"}))
@@ -128,8 +132,11 @@ def _affine(name: str, module: nn.Linear | nn.Conv2d) -> Affine:
             raise ValueError(f"layer {name!r} pads by {module.padding_mode!r}; only zeros are bounded")
         padding = module.padding if isinstance(module.padding, str) else _pair(module.padding)
         window = Window(_pair(module.stride), padding, _pair(module.dilation), module.groups)
-    stored = None if parametrize.is_parametrized(module, "weight") else weight
-    return Affine(weight, bias, window, stored, torch.ones_like(bias))
+    if not parametrize.is_parametrized(module, "weight"):
+        return Affine(weight, bias, window, weight, torch.ones_like(bias))
+    made: Any = module.parametrizations
+    constants = ", ".join(f"{type(part).__name__} {settings(part)}" for step in made.weight for part in step.modules())
+    return Affine(weight, bias, window, None, torch.ones_like(bias), constants)
 
 
 def _norm(name: str, module: nn.BatchNorm1d | nn.BatchNorm2d, dims: int) -> Norm:
@@ -140,10 +147,10 @@ def _norm(name: str, module: nn.BatchNorm1d | nn.BatchNorm2d, dims: int) -> Norm
     shift = -module.running_mean.double() * factor
     shift = shift if module.bias is None else shift + module.bias.detach().double()
     shape = (1, -1, *[1] * (dims - 2))
-    return Norm(factor.view(shape), shift.view(shape))
+    return Norm(factor.view(shape), shift.view(shape), f"eps={module.eps}")
 
 
-def _activation(name: str, module: nn.Module) -> Activation:
+def _activation(name: str, module: nn.Module, dtype: torch.dtype) -> Activation:
     kind = type(module)
     slopes = {nn.LeakyReLU: "negative_slope", nn.ELU: "alpha", nn.CELU: "alpha"}
     lipschitz = CONSTANTS.get(kind)
@@ -155,19 +162,35 @@ def _activation(name: str, module: nn.Module) -> Activation:
             f"layer {name!r} is a {kind.__name__}, which is not bounded; Linear, Conv2d, BatchNorm, pooling and "
             f"{known} are"
         )
-    if isinstance(module, nn.Softplus) and module.threshold < 20:
-        raise ValueError(
-            f"layer {name!r} has threshold {module.threshold}, where it jumps down; no bound below a threshold of 20"
-        )
+    if isinstance(module, nn.Softplus):
+        return _softplus(name, module, dtype)
     if kind in slopes:
         slope = float(getattr(module, slopes[kind]))
         if slope < 0:
             raise ValueError(f"layer {name!r} has {slopes[kind]} {slope}, so that it is not increasing; no bound")
         lipschitz = max(lipschitz, slope) if kind is not nn.CELU else lipschitz
     if getattr(module, "inplace", False):
-        function = _out_of_place(module)
-        return Activation(function, lipschitz, kind.__name__)
-    return Activation(module.forward, lipschitz, kind.__name__)
+        return Activation(_out_of_place(module), lipschitz, kind.__name__, settings(module))
+    return Activation(module.forward, lipschitz, kind.__name__, settings(module))
+
+
+def _softplus(name: str, module: nn.Softplus, dtype: torch.dtype) -> Activation:
+    """Return log(1 + exp(beta x)) / beta itself: in the model's dtype the jump at its threshold is lost in rounding."""
+    least = SMOOTH if dtype == torch.float64 else 20.0
+    if module.threshold < least:
+        raise ValueError(
+            f"layer {name!r} has threshold {module.threshold}, where it jumps down; no bound below a threshold of "
+            f"{least:g} in {str(dtype).removeprefix('torch.')}"
+        )
+    beta, threshold = module.beta, max(module.threshold, SMOOTH)
+    return Activation(lambda x: F.softplus(x, beta, threshold), 1.0, "Softplus", settings(module))
+
+
+def settings(module: nn.Module) -> str:
+    """Return the plain attributes of a module that is no state, in words; not whether it works in place."""
+    plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in ("training", "inplace")}
+    kept = sorted((k, v) for k, v in plain.items() if isinstance(v, (bool, int, float, str, tuple)))
+    return " ".join(f"{key}={value!r}" for key, value in kept)
 
 
 def _out_of_place(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -223,7 +246,7 @@ def _slice(node: fx.Node) -> Move:
     plain = all(isinstance(part, (slice, int)) or part is Ellipsis for part in index)
     if not plain or index[0] != slice(None):
         raise ValueError(f"{node.name!r} is no plain slice of the values of a sample, which is not bounded")
-    return Move(lambda x: x[index])
+    return Move(lambda x: x[index], repr(index))
 
 
 def _pad(node: fx.Node) -> Move:
@@ -232,7 +255,7 @@ def _pad(node: fx.Node) -> Move:
     )
     if mode != "constant" or value:
         raise ValueError(f"{node.name!r} pads by {mode!r} {value or 0}; only zeros are bounded")
-    return Move(lambda x: F.pad(x, pads))
+    return Move(lambda x: F.pad(x, pads), repr(tuple(pads)))
 
 
 def _arithmetic(name: str, node: fx.Node, values: dict[str, Tensor]) -> tuple[Op, list[fx.Node]]:
@@ -263,7 +286,7 @@ def _arithmetic(name: str, node: fx.Node, values: dict[str, Tensor]) -> tuple[Op
     else:
         shift = float(number)
     plain = torch.ones((), dtype=torch.float64, device=values[node.name].device)
-    return Scale(plain * factor, plain * shift), [value]
+    return Scale(plain * factor, plain * shift, f"{factor!r} {shift!r}"), [value]
 
 
 def _option(node: fx.Node, position: int, name: str, default: Any) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ftnas.bounds.ranges import Ranges, of_samples
 from ftnas.bounds.summary import Summary
-from ftnas.bounds.worst import Cost, Failures, gains, sums_of_largest
+from ftnas.bounds.worst import Cost, Failures, check_shape, gains, sums_of_largest
 
 SLACK = 1e-6
 """Share of a margin that is kept for what float32 rounds in the network itself."""
@@ -79,6 +79,7 @@ def _costs(summary: Summary, head: Summary, ranges: Ranges, failures: Failures, 
     costs = []
     for layer, gain in zip(summary.layers, found, strict=True):
         deviation = failures.deviation(ranges.boxes[layer.node])
+        check_shape(gain.shape[1:], deviation, layer.name)
         whole = failures.unit == "channel" and len(layer.shape) == 3
         rows = []
         for own, pairs in zip(deviation, pair, strict=True):

@@ -38,7 +38,13 @@ class Box(NamedTuple):
 
 
 class Op:
-    """One operation on float64 tensors [B, ...]; this default is right for what is increasing and homogeneous."""
+    """One operation on float64 tensors [B, ...]; this default is right for what is increasing and homogeneous.
+
+    Attributes:
+        constants: What it does beside its type, its shapes and the model's state, in words: slopes, limits, windows.
+    """
+
+    constants: str = ""
 
     def run(self, *values: Tensor) -> Tensor:
         """Return the output for values [B, ...]."""
@@ -84,6 +90,7 @@ class Affine(Op):
     window: Window | None
     stored: Tensor | None
     scale: Tensor
+    constants: str = ""
 
     def apply(self, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Run the layer with another weight of its shape."""
@@ -135,6 +142,7 @@ class Scale(Op):
 
     factor: Tensor
     shift: Tensor
+    constants: str = ""
 
     def run(self, *values: Tensor) -> Tensor:
         """Return factor x + shift."""
@@ -167,6 +175,7 @@ class Activation(Op):
     function: Callable[[Tensor], Tensor]
     lipschitz: float
     kind: str
+    constants: str = ""
 
     def run(self, *values: Tensor) -> Tensor:
         """Return the function."""
@@ -233,6 +242,7 @@ class Average(Op):
 
     function: Callable[[Tensor], Tensor]
     overlap: int
+    constants: str = ""
 
     def run(self, *values: Tensor) -> Tensor:
         """Return the averages."""
@@ -244,6 +254,7 @@ class Move(Op):
     """What moves values, leaves some out or adds zeros: reshape, slice, zero padding, dropout in evaluation."""
 
     function: Callable[[Tensor], Tensor]
+    constants: str = ""
 
     def run(self, *values: Tensor) -> Tensor:
         """Return the moved values."""

@@ -78,7 +78,11 @@ class Summary:
         Args:
             inputs: [B, ...].
             change: What is done to the values of a node before others read them, e.g. failures.
+
+        Raises:
+            ValueError: The inputs are of another shape than the summary.
         """
+        self._check(inputs)
         values: list[Tensor] = []
         for number, node in enumerate(self.nodes):
             value = inputs.double() if node.op is None else self._apply(node, Op.run, values)
@@ -88,6 +92,7 @@ class Summary:
     @torch.no_grad()
     def boxes(self, box: Box) -> list[Box]:
         """Return intervals that hold every value of every node for inputs in a box of float64 [B, ...] each."""
+        self._check(box.low)
         boxes: list[Box] = []
         for node in self.nodes:
             if node.op is None:
@@ -159,7 +164,7 @@ class Summary:
         return next((n.op.weight.device for n in self.nodes if isinstance(n.op, Affine)), torch.device("cpu"))
 
     def structure(self) -> str:
-        """Return the operations and shapes in words, without the weights."""
+        """Return the operations, their constants and shapes in words, without the weights."""
         lines = []
         for node in self.nodes:
             op = node.op
@@ -170,8 +175,17 @@ class Summary:
                 kind += f" {op.window}"
             elif isinstance(op, (MaxPool, Concat)):
                 kind = repr(op)
+            if op is not None and op.constants:
+                kind += f" ({op.constants})"
             lines.append(f"{node.name}: {kind} of {node.inputs} -> {node.shape}")
         return "\n".join(lines)
+
+    def _check(self, inputs: Tensor) -> None:
+        shape = self.nodes[0].shape
+        if tuple(inputs.shape[1:]) != shape:
+            raise ValueError(
+                f"the summary is of samples of shape {shape}, got {tuple(inputs.shape[1:])}; summarize the model anew"
+            )
 
     def _apply(self, node: Node, function: Callable[..., Tensor], values: Sequence[Tensor]) -> Tensor:
         assert node.op is not None
@@ -273,7 +287,9 @@ def _fold(nodes: Sequence[Node]) -> list[Node]:
                 f"layer {node.name!r} normalises positions and not the features that {before.name!r} gives, "
                 "which is not bounded; a Conv2d of kernel 1 and BatchNorm2d are"
             )
-        kept[source] = replace(before, op=before.op.scaled(node.op.factor.flatten(), node.op.shift.flatten()))
+        folded = before.op.scaled(node.op.factor.flatten(), node.op.shift.flatten())
+        constants = " ".join(filter(None, (before.op.constants, node.op.constants)))
+        kept[source] = replace(before, op=replace(folded, constants=constants))
         merged[number] = source
     needed = {merged.get(len(nodes) - 1, len(nodes) - 1)}
     for number in reversed(range(len(nodes))):

@@ -27,11 +27,12 @@ def tail(moments: Moments, epsilon: float) -> Tensor:
         ValueError: epsilon is not positive.
     """
     _check(epsilon)
-    mean, variance = moments.mean.double(), moments.variance.double()
+    mean, deviation = moments.mean.double(), _deviation(moments)
     above, below = epsilon - mean, epsilon + mean
-    square = (variance + mean.square()) / epsilon**2
-    chebyshev = variance / torch.minimum(above, below).square()
-    sides = variance / (variance + above.square()) + variance / (variance + below.square())
+    # quotients are squared, and not numbers whose squares are 0 or infinite
+    square = (deviation / epsilon).square() + (mean / epsilon).square()
+    chebyshev = (deviation / torch.minimum(above, below)).square()
+    sides = _cantelli(deviation, above) + _cantelli(deviation, below)
     inside = torch.where(mean.abs() < epsilon, torch.minimum(chebyshev, sides), 1.0)
     return torch.minimum(square, inside).clamp(max=1.0)
 
@@ -45,10 +46,8 @@ def tail_above(moments: Moments, epsilon: float) -> Tensor:
         moments: Of the error.
         epsilon: Any number.
     """
-    mean, variance = moments.mean.double(), moments.variance.double()
-    gap = epsilon - mean
-    bound = variance / (variance + gap.square())
-    return torch.where(gap > 0.0, bound, 1.0)
+    gap = epsilon - moments.mean.double()
+    return torch.where(gap > 0.0, _cantelli(_deviation(moments), gap), 1.0)
 
 
 def tail_norm(moments: Moments, epsilon: float) -> Tensor:
@@ -64,8 +63,18 @@ def tail_norm(moments: Moments, epsilon: float) -> Tensor:
         ValueError: epsilon is not positive.
     """
     _check(epsilon)
-    square = moments.variance.double() + moments.mean.double().square()
-    return (square.sum(dim=1) / epsilon**2).clamp(max=1.0)
+    square = (_deviation(moments) / epsilon).square() + (moments.mean.double() / epsilon).square()
+    return square.sum(dim=1).clamp(max=1.0)
+
+
+def _deviation(moments: Moments) -> Tensor:
+    """Return the standard deviation; a variance that rounding has left below 0 is 0."""
+    return moments.variance.double().clamp_min(0.0).sqrt()
+
+
+def _cantelli(deviation: Tensor, gap: Tensor) -> Tensor:
+    """Return Var / (Var + gap^2) for a gap above 0."""
+    return 1.0 / (1.0 + (gap / deviation).square())
 
 
 def _check(epsilon: float) -> None:

@@ -57,6 +57,14 @@ class Failures(Settings):
             raise ValueError("unit has no effect on synapses; leave it out")
         return self
 
+    def describe(self) -> str:
+        """Return it in a few words."""
+        what = f"{self.kind} of a {'channel' if self.unit == 'channel' else self.component}"
+        if self.kind == "crash":
+            return what
+        limit = "no limit" if self.capacity is None else f"{self.capacity:.6g}"
+        return f"{what}, {'off by' if self.capacity_of == 'deviation' else 'sending'} at most {limit}"
+
     def deviation(self, box: Box) -> Tensor:
         """Bound how far a failed component's value is from the right one, which lies in the box; [B, ...]."""
         if self.kind == "crash":
@@ -149,7 +157,7 @@ def neuron_costs(summary: Summary, ranges: Ranges, failures: Failures) -> list[C
     found = gains(summary, [layer.node for layer in summary.layers])
     costs = []
     for layer, gain in zip(summary.layers, found, strict=True):
-        effects = _product(gain, failures.deviation(ranges.boxes[layer.node]))
+        effects = _product(gain, failures.deviation(ranges.boxes[layer.node]), layer.name)
         whole = failures.unit == "channel" and len(layer.shape) == 3
         costs.append(
             Cost(
@@ -182,8 +190,9 @@ def synapse_costs(summary: Summary, ranges: Ranges, failures: Failures) -> list[
         op, node = summary.nodes[point].op, summary.nodes[point]
         assert isinstance(op, Affine)
         source = ranges.boxes[node.inputs[0]]
+        check_shape(summary.nodes[node.inputs[0]].shape, source.low, node.name)
         deviation = _per_synapse(op, source, failures).view(len(source.low), -1, *[1] * (len(node.shape) - 1))
-        effects = _product(gain, deviation.expand(-1, *node.shape)).flatten(2).flatten(0, 1)
+        effects = _product(gain, deviation.expand(-1, *node.shape), node.name).flatten(2).flatten(0, 1)
         costs.append(Cost(node.name, sums_of_largest(effects), times=op.fan_in))
     return costs
 
@@ -207,8 +216,18 @@ def _per_synapse(op: Affine, source: Box, failures: Failures) -> Tensor:
     return sent + (float("inf") if failures.capacity is None else failures.capacity)
 
 
-def _product(gain: Tensor, deviation: Tensor) -> Tensor:
+def check_shape(shape: Sequence[int], values: Tensor, layer: str) -> None:
+    """Refuse values [B, ...] that are not of the shape that a layer has in the summary, so that nothing broadcasts."""
+    if tuple(values.shape[1:]) != tuple(shape):
+        raise ValueError(
+            f"layer {layer!r} has values of shape {tuple(shape)} in the summary, and ranges of shape "
+            f"{tuple(values.shape[1:])}; take ranges of the same summary"
+        )
+
+
+def _product(gain: Tensor, deviation: Tensor, layer: str) -> Tensor:
     """Return [M, ...] times [B, ...] as [B, M, ...]; what has no way to an output costs nothing, however far off."""
+    check_shape(gain.shape[1:], deviation, layer)
     product = gain * deviation[:, None]
     return torch.where((gain == 0).expand_as(product), 0.0, product)
 

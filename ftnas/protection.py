@@ -16,8 +16,9 @@ from ftnas.dataflow import trace_feature_points
 from ftnas.evaluate import answers
 from ftnas.faults.hardware import AnyFault, Hardware
 from ftnas.faults.select import LAYER_TYPES, exactly, macs_per_output
+from ftnas.knapsack import ROUNDING, decay, predict, sets_to_try
 from ftnas.models import about
-from ftnas.progress import Tracker, track
+from ftnas.progress import Tracker, say, track
 from ftnas.quantize import SMALLEST_RANGE
 from ftnas.rng import seed_for
 from ftnas.rundir import Folder, Journal
@@ -25,8 +26,6 @@ from ftnas.settings import Count, Positive, Rate, Settings
 
 RECORDS = "protection.jsonl"
 SCHEMA = 1
-_GONE = 7.0
-"""Decay of an accuracy of which 0.1% or less is left above chance."""
 
 Method = Literal["triplicate", "ecc", "clip"]
 
@@ -34,8 +33,8 @@ Method = Literal["triplicate", "ecc", "clip"]
 class ProtectionConfig(Settings):
     """A what-if: the best layers to protect against one fault model at one rate.
 
-    How much each layer matters is measured on training images, by faults in that layer alone. Layers are then
-    taken by benefit per cost while the budget lasts, and what comes out is measured on the test images.
+    How much each layer matters is measured on training images, by faults in that layer alone. Sets of layers are then
+    made, by benefit per cost and as the best that the budget allows, and measured on the test images.
 
     Attributes:
         fault: The fault model, at the rate to protect against.
@@ -45,8 +44,8 @@ class ProtectionConfig(Settings):
             ``clip``: its features are clipped to the largest magnitude that calibration saw, at one operation a value.
         budget: Largest overhead, as a share of all multiply-accumulates (``triplicate``, ``clip``) or of all weight
             bits (``ecc``).
-        target: Accuracy to keep; the cheapest protection that is measured to keep it is recommended. None: the best
-            within the budget.
+        target: Accuracy to keep; the cheapest of the sets tried that is measured to keep it is recommended. None: the
+            best of them.
         devices: Devices per measurement.
         images: Training images to choose on, stratified.
         batch_size: Images per forward.
@@ -82,6 +81,8 @@ class ProtectionConfig(Settings):
 def overheads(model: nn.Module, image: Tensor, method: Method, bits: int) -> dict[str, float]:
     """Return what it costs to protect each Conv2d and Linear, as a share of the whole model's MACs or weight bits.
 
+    A layer whose weight others read, and which is never called itself, can be protected by ``ecc`` alone.
+
     Args:
         model: In evaluation mode.
         image: One image, [1, C, H, W].
@@ -107,7 +108,7 @@ def overheads(model: nn.Module, image: Tensor, method: Method, bits: int) -> dic
     if method == "ecc":
         total = sum(module.weight.numel() for module in layers.values())
         share = check_bits(bits) / bits
-        return {name: share * layers[name].weight.numel() / total for name in values}
+        return {name: share * layer.weight.numel() / total for name, layer in layers.items()}
     macs = {name: number * macs_per_output(layers[name]) for name, number in values.items()}
     total = sum(macs.values())
     if method == "clip":
@@ -179,6 +180,7 @@ class _Study:
         layers = [name for name, layer in injection.record.faults[0].layers.items() if layer.sites]
         self._at_risk = frozenset(layers)
         costs = overheads(self._model, image, config.method, self._under.formats()[0].bits)
+        layers = self._priced(layers, costs)
         if config.method == "clip":
             self._bounds = feature_bounds(self._model, choosing, self._under, batch_size=self._batch_size)
         with track(f"protect {self._subject.name}", 1 + (len(layers) + 1) * config.devices) as progress:
@@ -187,16 +189,32 @@ class _Study:
             alone = {layer: self._measure("alone", (layer,), choosing, progress) for layer in layers}
         ends = {"clean": clean, "chance": 1.0 / len(choosing.classes)}
         decays = {layer: decay(accuracy, **ends) for layer, accuracy in alone.items()}
-        order = chosen_order(decays, costs, config.budget)
-        predicted = [predict(order[:n], decays, unprotected=whole, **ends) for n in range(len(order) + 1)]
-        steps = [0, *steps_of(predicted[1:], config.target)]
-        with track(f"measure protected {self._subject.name}", len(steps) * config.devices) as progress:
-            for size in steps:
-                names = tuple(order[:size])
-                facts = {"overhead": float(sum(costs[name] for name in names)), "predicted": predicted[size]}
+        if whole < clean - ROUNDING and not any(decays.values()):
+            say(
+                f"note: {self._subject.name}, {config.label}: faults in no layer alone take accuracy, those in all "
+                f"together take {100 * (clean - whole):.1f} points; the choice of layers rests on their cost alone"
+            )
+
+        def foresee(names: Sequence[str]) -> float:
+            return predict(names, decays, unprotected=whole, **ends)
+
+        tried = sets_to_try(decays, costs, config.budget, foresee, config.target)
+        with track(f"measure protected {self._subject.name}", len(tried) * config.devices) as progress:
+            for names in tried:
+                facts = {"overhead": float(sum(costs[name] for name in names)), "predicted": foresee(names)}
                 accuracy = self._measure("measured", names, testing, progress, **facts)
                 if config.target is not None and accuracy >= config.target:
                     return
+
+    def _priced(self, layers: list[str], costs: Mapping[str, float]) -> list[str]:
+        """Leave out layers that the method cannot protect, and say so."""
+        out = [layer for layer in layers if layer not in costs]
+        if out:
+            say(
+                f"note: {self._subject.name}, {self._config.label}: {', '.join(out)} is never called, others read its "
+                f"weight, and {self._config.method} cannot protect it; ecc could"
+            )
+        return [layer for layer in layers if layer in costs]
 
     def _measure(
         self, stage: str, names: tuple[str, ...], images: ImageSet, progress: Tracker, **facts: float
@@ -223,69 +241,13 @@ class _Study:
                 self._journal.append({"schema": SCHEMA, **record, **setup, **facts, "accuracy": self._done[key]})
             found.append(self._done[key])
             progress.advance(f"{stage} {', '.join(names[-1:])}")
-        return sum(found) / len(found)
+        return math.fsum(found) / len(found)
 
     def _accuracy(self, under: Hardware, bounds: Mapping[str, float] | None, device: int, images: ImageSet) -> float:
         seed = seed_for(self._seed, "device", device)
         with under.inject(self._model, seed=seed, bounds=bounds) as injection:
             del injection
             return float(answers(self._model, images.batches(self._batch_size)).correct.double().mean())
-
-
-def decay(accuracy: float, *, clean: float, chance: float) -> float:
-    """Return -log of the share of the accuracy above chance that is left, >= 0; at most `_GONE`."""
-    if clean <= chance:
-        return 0.0
-    return max(0.0, -math.log(max(math.exp(-_GONE), (accuracy - chance) / (clean - chance))))
-
-
-def chosen_order(decays: Mapping[str, float], costs: Mapping[str, float], budget: float) -> list[str]:
-    """Return the layers to protect, best first: by decay per cost, each that still fits into the budget.
-
-    Args:
-        decays: What faults in a layer alone do, as `decay` measures it.
-        costs: What protecting the layer costs, > 0, in the unit of the budget.
-        budget: Largest sum of costs.
-    """
-    order: list[str] = []
-    left = budget
-    for name in sorted(decays, key=lambda layer: (-decays[layer] / costs[layer], layer)):
-        if decays[name] > 0.0 and costs[name] <= left * (1 + 1e-9):
-            order.append(name)
-            left -= costs[name]
-    return order
-
-
-def predict(
-    protected: Sequence[str], decays: Mapping[str, float], *, clean: float, unprotected: float, chance: float
-) -> float:
-    """Return the accuracy that protecting some layers should give, if every layer takes its share of what is left.
-
-    chance + (clean - chance) * exp(-k * sum of the other layers' decays), with k such that protecting nothing gives
-    what was measured without protection.
-    """
-    total = sum(decays.values())
-    if total == 0.0:
-        return unprotected
-    rest = sum(value for layer, value in decays.items() if layer not in set(protected))
-    whole = decay(unprotected, clean=clean, chance=chance)
-    return chance + (clean - chance) * math.exp(-whole * rest / total)
-
-
-def steps_of(predicted: Sequence[float], target: float | None) -> list[int]:
-    """Return which protections to measure, as numbers of layers, the cheapest first.
-
-    Up to three on the way to the first that is predicted to reach the target (without one: to all), that one, and
-    then one layer more at a time.
-
-    Args:
-        predicted: Accuracy with the first 1, 2, ... layers of the order protected.
-        target: Accuracy to keep.
-    """
-    sizes = range(1, len(predicted) + 1)
-    first = next((n for n in sizes if target is not None and predicted[n - 1] >= target), len(predicted))
-    on_the_way = {max(1, round(first * share)) for share in (0.25, 0.5, 0.75)}
-    return [n for n in sizes if n >= first or n in on_the_way]
 
 
 def feature_bounds(model: nn.Module, images: ImageSet, hardware: Hardware, *, batch_size: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from faulty import gen
 from torch import nn
 
 from ftnas.campaign import Subject
@@ -13,18 +14,15 @@ from ftnas.data import DataConfig, load
 from ftnas.evaluate import answers
 from ftnas.faults import inject
 from ftnas.faults.hardware import Hardware
+from ftnas.knapsack import best_sets, chosen_order, decay, predict, sets_to_try, steps_of
 from ftnas.models import count
 from ftnas.protection import (
     RECORDS,
     ProtectionConfig,
     check_bits,
-    chosen_order,
-    decay,
     feature_bounds,
     overheads,
-    predict,
     run_protection,
-    steps_of,
 )
 from ftnas.rng import isolated, seed_for
 from ftnas.rundir import RunDir
@@ -94,6 +92,98 @@ def test_the_order_is_by_decay_per_cost_within_the_budget():
     assert chosen_order(decays, costs, 1.0) == ["b", "d", "a"]
     assert chosen_order(decays, costs, 0.5) == ["b", "d"]  # a does not fit, d still does
     assert chosen_order(decays, costs, 0.05) == []
+
+
+def every_set(decays, costs, budget):
+    names = sorted(decays)
+    for bits in range(2 ** len(names)):
+        chosen = tuple(name for place, name in enumerate(names) if bits >> place & 1)
+        if sum(costs[name] for name in chosen) <= budget * (1 + 1e-9):
+            yield chosen
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_best_sets_are_those_of_all_sets(seed):
+    drawn = torch.rand(8, 2, generator=gen(seed), dtype=torch.float64).tolist()
+    decays = {f"l{number}": gain if number else 0.0 for number, (gain, _) in enumerate(drawn)}
+    costs = {f"l{number}": 0.05 + cost for number, (_, cost) in enumerate(drawn)}
+    budget = 0.4 * sum(costs.values())
+
+    def gain(names):
+        return sum(decays[name] for name in names)
+
+    def price(names):
+        return sum(costs[name] for name in names)
+
+    found = best_sets(decays, costs, budget)
+    everything = list(every_set(decays, costs, budget))
+    assert gain(found[-1]) == pytest.approx(max(map(gain, everything)))
+    for names in found:
+        assert price(names) == pytest.approx(
+            min(price(other) for other in everything if gain(other) >= gain(names) - 1e-9)
+        )
+    target = 0.7 * gain(found[-1])
+    tried = sets_to_try(decays, costs, budget, gain, target)
+    cheapest = min((other for other in everything if gain(other) >= target), key=price)
+    assert frozenset(cheapest) in set(map(frozenset, tried)) and frozenset(found[-1]) in set(map(frozenset, tried))
+    assert tried[0] == () and [price(names) for names in tried] == sorted(price(names) for names in tried)
+    assert all(price(names) <= budget * (1 + 1e-9) for names in tried)
+
+
+def test_many_layers_are_chosen_from_in_steps_of_the_budget():
+    drawn = torch.rand(60, 2, generator=gen(1), dtype=torch.float64).tolist()
+    decays = {f"l{number}": gain for number, (gain, _) in enumerate(drawn)}
+    costs = {f"l{number}": 0.05 + cost for number, (_, cost) in enumerate(drawn)}
+    budget = 0.3 * sum(costs.values())
+    found = best_sets(decays, costs, budget)
+    assert len(found) <= 2_001
+    best = sum(decays[name] for name in found[-1])
+    assert best >= sum(decays[name] for name in chosen_order(decays, costs, budget))
+    relaxed, left = 0.0, budget  # the best that parts of layers would allow
+    for name in sorted(decays, key=lambda layer: -decays[layer] / costs[layer]):
+        part = min(1.0, left / costs[name])
+        relaxed, left = relaxed + part * decays[name], left - part * costs[name]
+    assert best >= 0.99 * relaxed
+
+
+def test_a_dear_layer_that_matters_most_is_tried():
+    decays, costs = {"a": 1.0, "b": 5.0}, {"a": 0.1, "b": 1.0}
+    assert ("b",) in sets_to_try(decays, costs, 1.0, len, None)
+
+
+def test_layers_that_do_nothing_alone_are_tried_last():
+    decays, costs = {"a": 0.0, "b": 0.0, "c": 0.2}, {"a": 0.3, "b": 0.2, "c": 0.2}
+    assert sets_to_try(decays, costs, 1.0, len, None) == [(), ("c",), ("c", "b", "a")]
+    assert sets_to_try(decays, costs, 0.5, len, None) == [(), ("c",), ("c", "b")]
+    assert sets_to_try(dict.fromkeys(decays, 0.0), costs, 1.0, len, 0.9) == [(), ("b", "c", "a")]
+
+
+def test_rounding_of_a_mean_is_no_loss():
+    assert decay(sum([0.8] * 10) / 10, clean=0.8, chance=0.1) == 0.0
+    assert decay(0.7999, clean=0.8, chance=0.1) > 0.0
+
+
+class Attention(nn.Module):
+    """Reads the weight of a layer that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner = nn.Linear(64, 16), nn.Linear(16, 16)
+        self.last = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x.flatten(1)))
+        return self.last(torch.relu(nn.functional.linear(x, self.inner.weight, self.inner.bias)))
+
+
+@pytest.mark.parametrize("method", ["ecc", "triplicate", "clip"])
+def test_a_layer_that_is_never_called_is_protected_by_ecc_alone(method, images, tmp_path, capsys):
+    with isolated(0, "attention"):
+        net = Attention().eval()
+    study(tmp_path / "run", images, net, fault=FLIPS, method=method, budget=3.0)
+    (found,) = read_protection(tmp_path / "run" / RECORDS)
+    assert any("inner" in plan.layers for plan in found.plans) == (method == "ecc")
+    assert ("inner is never called" in capsys.readouterr().err) == (method != "ecc")
 
 
 def test_the_prediction_meets_both_ends():
@@ -206,7 +296,7 @@ def test_the_target_ends_the_search(images, model, tmp_path):
     assert sum(record["stage"] == "measured" for record in records) <= 2 * 3
     (out_of_reach,) = (study(tmp_path / "b", images, model, fault=FLIPS, target=1.0, budget=0.05),)
     (found,) = read_protection(tmp_path / "b" / RECORDS)
-    assert out_of_reach and found.chosen is None and "nothing within the budget" in found.verdict()
+    assert out_of_reach and found.chosen is None and "tried within the budget none keeps 100.0%" in found.verdict()
 
 
 def test_clipping_helps_against_floats_that_explode(images, model, tmp_path):

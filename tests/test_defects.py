@@ -11,7 +11,7 @@ from injected import FIXED, create, gen, images
 from test_plans import rewrite
 from torch import nn
 
-from ftnas import FixedPoint, inject
+from ftnas import FixedPoint, Quantization, inject
 from ftnas.faults import AdSAF, BitAdSAF, DefectMap, MiBB, PlanSet
 from ftnas.faults.hardware import Hardware
 
@@ -177,3 +177,28 @@ def test_a_map_is_made_of_the_plans_of_one_stuck_at_model():
             ValueError, match="a defect map holds the stuck cells of one model, adsaf or bit_adsaf, got"
         ):
             DefectMap.of(PlanSet(faults, {}))
+
+
+def test_a_known_device_at_rest_keeps_its_words(tmp_path):
+    model, narrow = create("plain"), Quantization(weights=FixedPoint(bits=2), features=FIXED)
+    with torch.no_grad(), inject(model, AdSAF(), quantization=narrow, seed=4) as injection:
+        model(images())
+    plans = injection.plans()
+    plans.save(tmp_path / "plans.npz")
+    DefectMap.of(plans).save(tmp_path / "map.npz")
+    for file in ("plans.npz", "map.npz"):
+        hardware = Hardware(defects=str(tmp_path / file), quantization=narrow)
+        assert hardware.formats() == (FixedPoint(bits=2, encoding="sign_magnitude"), FIXED)
+        with torch.no_grad():
+            with inject(model, plans=plans, quantization=narrow) as faulty, faulty.paused():
+                expected = model(images())
+            with hardware.at_rest().inject(model, seed=0) as resting:
+                assert torch.equal(model(images()), expected) and resting.record.hits == 0
+            with hardware.without_faults().inject(model, seed=0):
+                assert not torch.equal(model(images()), expected)
+
+
+def test_a_device_without_plans_is_at_rest_as_it_was_asked_for(tmp_path):
+    PlanSet((), {}).save(tmp_path / "none.npz")
+    hardware = Hardware(defects=str(tmp_path / "none.npz"), layers="linear")
+    assert hardware.at_rest().fault is None and hardware.formats() == (FIXED, FIXED)

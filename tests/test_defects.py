@@ -12,7 +12,7 @@ from test_plans import rewrite
 from torch import nn
 
 from ftnas import FixedPoint, Quantization, inject
-from ftnas.faults import AdSAF, BitAdSAF, DefectMap, MiBB, PlanSet
+from ftnas.faults import AdSAF, BitAdSAF, DefectMap, MiBB, PlanSet, Where
 from ftnas.faults.hardware import Hardware
 
 FAULTS = {
@@ -202,3 +202,30 @@ def test_a_device_without_plans_is_at_rest_as_it_was_asked_for(tmp_path):
     PlanSet((), {}).save(tmp_path / "none.npz")
     hardware = Hardware(defects=str(tmp_path / "none.npz"), layers="linear")
     assert hardware.at_rest().fault is None and hardware.formats() == (FIXED, FIXED)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_the_cells_of_a_map_are_hit_wherever_its_fault_model_was_aimed(tmp_path, kind):
+    fault = FAULTS[kind].model_copy(update={"where": Where(layers="0")})
+    shapes = {"0": (4, 3, 3, 3), "3": (2, 4, 3, 3)}
+    defects = DefectMap(fault, {layer: torch.ones(*ROWS[kind], *shape) for layer, shape in shapes.items()})
+    defects.save(tmp_path / "device.npz")
+    for plans in (defects.plans(), DefectMap.load(tmp_path / "device.npz").plans()):
+        model = create("plain")
+        with torch.no_grad(), inject(model, plans=plans, quantization=FIXED) as injection:
+            model(images())
+        assert injection.record.hits == plans.hits() == sum(cells.numel() for cells in defects.cells.values())
+
+
+def test_plans_that_the_aim_of_their_fault_model_leaves_out_are_refused():
+    model, aimed = create("plain"), AdSAF(where=Where(layers="0"))
+    plans = dict(DefectMap(AdSAF(), {"0": torch.ones(4, 3, 3, 3), "3": torch.ones(2, 4, 3, 3)}).plans().plans)
+    message = "the plans hit layer '3', which where.layers of their adsaf leaves out; remove where, or that plan"
+    with pytest.raises(ValueError, match=message):
+        inject(model, plans=PlanSet((aimed,), plans), quantization=FIXED)
+    other = plans.pop((0, "3", 0))
+    with torch.no_grad(), inject(model, plans=PlanSet((aimed,), plans), quantization=FIXED) as injection:
+        model(images())
+        with pytest.raises(ValueError, match=message):
+            injection.replay(PlanSet((aimed,), {(0, "3", 0): other}))
+    assert injection.record.hits == 108

@@ -28,7 +28,7 @@ class DefectMap:
 
     Attributes:
         fault: What a cell is, and what being stuck means: `AdSAF` (``cells`` and ``stuck_at`` count, its rates do not)
-            or `BitAdSAF`.
+            or `BitAdSAF`. Its ``where`` is left out: the cells say what is hit.
         cells: Layer -> int8 of 0 (works), 1 (stuck at 0) and 2 (stuck at 1, or at R). Its shape is that of the weight
             for logical cells, [2, weight] for differential ones (positive cells first), and [bits - 1, weight] for
             `BitAdSAF` (least significant bit first).
@@ -59,6 +59,7 @@ class DefectMap:
     def __post_init__(self) -> None:
         cells = {layer: torch.as_tensor(array) for layer, array in self.cells.items()}  # NumPy arrays will do
         object.__setattr__(self, "cells", cells)
+        object.__setattr__(self, "fault", self.fault.model_copy(update={"where": None}))
 
     def plans(self) -> PlanSet:
         """Return the plans that put this device under a model: ``inject(model, plans=defects.plans(), ...)``.

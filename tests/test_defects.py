@@ -229,3 +229,21 @@ def test_plans_that_the_aim_of_their_fault_model_leaves_out_are_refused():
         with pytest.raises(ValueError, match=message):
             injection.replay(PlanSet((aimed,), {(0, "3", 0): other}))
     assert injection.record.hits == 108
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", ">i2", "uint16", "uint32", "int64", "float16", "float64"])
+def test_any_array_of_numbers_is_a_map(dtype):
+    plain = np.array([[1, 0, 0], [1, 1, 0]]).astype(dtype)
+    fixed = plain.copy()
+    fixed.flags.writeable = False
+    expected = DefectMap(AdSAF(), {"": torch.tensor([[1, 0, 0], [1, 1, 0]])}).plans().plans[0, "", 0]
+    for array in (plain, plain[::-1].copy()[::-1], np.asfortranarray(plain), fixed):
+        plan = DefectMap(AdSAF(), {"": array}).plans().plans[0, "", 0]
+        assert torch.equal(plan.sites, expected.sites) and torch.equal(plan.codes, expected.codes)
+        assert plan.shape == (2, 3)
+
+
+@pytest.mark.parametrize("array", [np.array([[1, None]]), np.array(["1"]), np.ones((2, 2), dtype=complex)])
+def test_an_array_of_something_else_is_no_map(array):
+    with pytest.raises(ValueError, match="cells are 0, 1 or 2, got an array of .*; give numbers"):
+        DefectMap(AdSAF(), {"": array})

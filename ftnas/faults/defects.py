@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ftnas.faults.base import Plan
@@ -57,7 +58,7 @@ class DefectMap:
         return cls(plans.faults[0], cells)
 
     def __post_init__(self) -> None:
-        cells = {layer: torch.as_tensor(array) for layer, array in self.cells.items()}  # NumPy arrays will do
+        cells = {layer: _tensor(layer, array) for layer, array in self.cells.items()}
         object.__setattr__(self, "cells", cells)
         object.__setattr__(self, "fault", self.fault.model_copy(update={"where": None}))
 
@@ -119,3 +120,13 @@ class DefectMap:
             if array.size and not (WORKS <= int(array.min()) and int(array.max()) <= STUCK_AT_1):
                 raise ValueError(f"{path}: the cells of {layer!r} are 0, 1 or 2, got {array.min()}..{array.max()}")
         return cls(faults[0], {layer: torch.from_numpy(array.astype(np.int8)) for layer, array in cells.items()})
+
+
+def _tensor(layer: str, cells: Tensor | ArrayLike) -> Tensor:
+    """Return cells as a tensor; of an array a copy, since torch takes neither flipped views nor swapped bytes."""
+    if isinstance(cells, Tensor):
+        return cells
+    array = np.asarray(cells)
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        raise ValueError(f"defect map, {layer!r}: cells are 0, 1 or 2, got an array of {array.dtype}; give numbers")
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))

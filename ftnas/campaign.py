@@ -136,7 +136,9 @@ class CampaignConfig(Settings):
         interval: How reports make the interval over devices with one training seed: Student's t, or the bootstrap over
             devices and images.
         images: Take this many test images, stratified, always the same ones; None takes all.
-        batch_size: Images per forward; a setting of the result, since float sums depend on it.
+        batch_size: Images per forward; a setting of the result, since the range of features, and with it the step of
+            their words, is found anew for each batch (unless ``quantization.features.range`` gives it), and float sums
+            depend on it too.
         errors: ``hard`` or ``soft``; None: hard for weights, soft for features.
     """
 

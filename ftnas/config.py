@@ -213,6 +213,7 @@ def _check_new(config: RunConfig) -> None:
             "train.recipe.bn_statistics: alpha_l=1 has no clean forward, and running statistics would never move; take "
             "both or faulty, or set alpha_l below 1"
         )
+    _check_devices(config)
     if config.data.unreadable != "error" and config.data.name != "image_folder":
         raise ValueError("data.unreadable: concerns files of image_folder only; leave it out")
     for single in config.single_faults:
@@ -228,6 +229,20 @@ def _check_new(config: RunConfig) -> None:
     given = None if bounds is None else _changed(bounds, "failing", "draws", "share")
     if bounds is not None and bounds.failures.component == "synapse" and given:
         raise ValueError(f"bounds: {given} has no effect on failing synapses, of which nothing is run; remove it")
+
+
+def _check_devices(config: RunConfig) -> None:
+    """Refuse settings that known devices, which say themselves what is hit, do not meet."""
+    campaign = config.campaign
+    if campaign is None or not campaign.defects:
+        return
+    if config.hardware.protect:
+        raise ValueError(
+            "hardware.protect keeps nothing from the devices of campaign.defects, which say themselves what is hit; "
+            "remove one of them, or the hits from the devices"
+        )
+    if campaign.errors is not None and not campaign.sweeps:
+        raise ValueError("campaign.errors is for sweeps, and has no effect on known devices (defects); remove it")
 
 
 def _changed(settings: Settings, *keys: str) -> str | None:

@@ -346,5 +346,5 @@ def _fingerprint(config: DataConfig, source: Source) -> str:
             state = os.stat(path)
         except OSError:  # a dangling link; reading it reports it by name
             continue
-        digest.update(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
+        digest.update(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()

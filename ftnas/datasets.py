@@ -133,6 +133,13 @@ def read_source(config: DataConfig, split: Split) -> Source:
 def _check(source: Source, where: str) -> None:
     """Refuse what is not as `Source` says, of a source of the user's own; ValueErrors begin with ``where``."""
     stored, labels, classes = source.stored, source.labels, len(source.classes)
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"{where}: labels are a tensor, got {type(labels).__name__}; give torch.as_tensor(labels)")
+    if not isinstance(stored, Tensor) and not all(isinstance(path, (str, os.PathLike)) for path in stored):
+        raise ValueError(
+            f"{where}: images are a tensor of pixels or a tuple of paths, got {type(stored).__name__}; give "
+            "torch.as_tensor(pixels)"
+        )
     if isinstance(stored, Tensor):
         if stored.dtype != torch.uint8:
             kind = str(stored.dtype).removeprefix("torch.")

@@ -120,6 +120,15 @@ def say_without_effect(config: RunConfig, device: torch.device) -> None:
         )
 
 
+def say_unmet(config: RunConfig) -> None:
+    """Say that the fault of a config that neither searches nor trains is met by nothing that is measured."""
+    if config.hardware.fault is not None and config.search is config.control is config.train is None:
+        say(
+            "note: hardware.fault is for search and training, and plays no part in what is measured; campaign.sweeps, "
+            "single_faults and protections bring their own"
+        )
+
+
 def _injections(config: RunConfig) -> list[tuple[str, Callable[[nn.Module], AbstractContextManager[Any]]]]:
     """Return the hardware that a network will be under, each with its section and name."""
     found: list[tuple[str, Callable[[nn.Module], AbstractContextManager[Any]]]] = []

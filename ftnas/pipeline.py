@@ -14,7 +14,7 @@ from ftnas.config import SEARCHES, GivenModel, RunConfig, TrainStage
 from ftnas.data import DataConfig, ImageSet, load, stratified_split
 from ftnas.derive import WINNER
 from ftnas.devices import pick_device
-from ftnas.foresight import check_network, check_recipe, say_of_search, say_without_effect
+from ftnas.foresight import check_network, check_recipe, say_of_search, say_unmet, say_without_effect
 from ftnas.models import ModelConfig, about, build_spec, check_logits, count, describe, load_factory, load_model
 from ftnas.parallel import SearchJob, check_ranks, search_on_ranks
 from ftnas.pool import num_threads
@@ -208,6 +208,7 @@ class Pipeline:
         config = self.config
         if not config.evaluates:
             raise ValueError(f"the config {config.name!r} has no campaign, single_faults or protections section")
+        say_unmet(config)
         subjects = list(self._subjects())
         images = self._test_images()
         seed, hardware = seed_for(config.seed, "campaign"), config.hardware

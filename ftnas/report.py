@@ -33,7 +33,7 @@ from ftnas.tables import (
     to_markdown,
     vulnerability_table,
 )
-from ftnas.vulnerability import protection_to_csv, read_protection, read_single, single_to_csv
+from ftnas.vulnerability import protection_to_csv, read_protection, read_single, single_to_csv, unfinished
 
 FOLDER = "report"
 _STAGES = {"search": "search", "control": "random control"}
@@ -66,7 +66,7 @@ def build_report(path: str | Path) -> Report:
         for name in names[1:]
         if (found := comparison.difference(fault, name, names[0], rate)) is not None
     ]
-    genotypes, searches, notes = {}, {}, list(comparison.notes)
+    genotypes, searches, notes = {}, {}, [*comparison.notes, *unfinished(vulnerabilities)]
     for stage in ("search", "control"):
         if (path / stage / "genotype.json").exists():
             genotypes[stage] = _read_json(path / stage / "genotype.json")
@@ -249,15 +249,16 @@ def _vulnerability_figures(report: Report) -> dict[str, tuple[plots.Figure, str]
         key, what = f"{found.name}, {found.fault}", f"{found.name}, {report.spelt(found.fault)}"
         figures[f"map:{key}"] = (
             heatmaps.sensitivity_map(
-                list(found.layers),
-                list(found.bits),
+                found.rows,
+                found.columns,
                 100 * found.cells,
                 title=f"Single faults: {what}",
                 value_label="probability (%) that one fault changes the answer, by layer and bit",
             ),
             f"Probability that a fault changes the answer of {what}, by layer and bit; the numbers are in single.csv",
         )
-        for by, parts in (("layers", found.layers), ("operators", found.operators)):
+        rankings = {"layers": found.layers, "operators": found.operators}
+        for by, parts in ((by, parts) for by, parts in rankings.items() if parts):
             figures[f"{by}:{key}"] = (
                 heatmaps.ranking(
                     list(parts), list(parts.values()), title=f"Most vulnerable {by}: {what}", value_label="probability"

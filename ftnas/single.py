@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -178,7 +179,7 @@ def run_single_faults(
         config: What to do.
         hardware: Number formats, faulted layers, protection; its fault model plays no part here.
         seed: Of the experiments; models share them where layer names and shapes agree.
-        folder: Where ``single.jsonl`` lies, one line a stratum.
+        folder: Where ``single.jsonl`` lies, one line a stratum. Each tells how many its model and its tensor have.
     """
     journal = folder.journal(RECORDS)
     done = {_key_of(record, f"{journal.path}: record {n}") for n, record in enumerate(journal.records(), start=1)}
@@ -189,6 +190,7 @@ def run_single_faults(
         with about(subject.name):
             strata = _find(model, fault, hardware, batches[0])
         trials = _trials(strata, config, len(batches))
+        sizes = Counter(stratum.key for stratum in strata)
         names = [(subject.name, subject.train_seed, config.label, *s.key[1:], s.bit, s.code) for s in strata]
         finished = sum(number for number, name in zip(trials, names, strict=True) if name in done)
         if finished == sum(trials):
@@ -230,6 +232,8 @@ def run_single_faults(
                         "changed": changed,
                         "nonfinite": broken,
                         "num_images": len(batches),
+                        "strata": len(strata),
+                        "layer_strata": sizes[stratum.key],
                     }
                 )
                 done.add(name)

@@ -239,7 +239,11 @@ def vulnerability_table(report: Report, *, top: int = 5) -> Table:
     table.add_column(Text("part"), overflow="fold")
     table.add_column(Text("probability"), justify="right", no_wrap=True)
     for entry in report.vulnerabilities:
-        table.add_row(Text(f"{entry.name}, {report.spelt(entry.fault)}"), Text("all"), Text(chance_of(entry.whole)))
+        name = Text(f"{entry.name}, {report.spelt(entry.fault)}")
+        if entry.whole is None:
+            table.add_row(name, Text(entry.missing), "")
+        else:
+            table.add_row(name, Text("all"), Text(chance_of(entry.whole)))
         for layer, interval in sorted(entry.layers.items(), key=lambda item: -item[1].mean)[:top]:
             table.add_row("", Text(layer), Text(chance_of(interval)))
     return table

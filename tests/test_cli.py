@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from ftnas import cli, pipeline
-from ftnas.config import config_names, read_config, with_workers
+from ftnas.config import config_from, config_names, read_config, with_workers
 from ftnas.models import ModelConfig, build, describe, save_model
 
 TRAIN = [
@@ -94,12 +94,13 @@ def test_a_finished_run_is_not_done_again(finished, capsys):
     assert "report" in capsys.readouterr().out
 
 
-def test_a_trained_model_joins_another_campaign(finished, tmp_path):
+def test_a_trained_model_joins_another_campaign(finished, tmp_path, capsys):
     given = f"models={{ours: {{file: {finished}/train/model.pt}}}}"
     changes = ["search=null", "control=null", "train=null", given, "campaign.devices=1"]
     assert ftnas("campaign", "quickstart", *changes, "--out", tmp_path / "run") == 0
     records = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
     assert {record["model"] for record in records} == {"ours"}
+    assert "note: hardware.fault is for search and training" in capsys.readouterr().err
 
 
 def snapshot(folder):
@@ -152,6 +153,14 @@ MISTAKES = {
         "Ray gives each training a GPU, and device=cuda:1 names one",
     ),
     "device that nothing trains for": (["campaign", "reliability", "hardware.defects=chip.npz"], "has no effect"),
+    "protection from a known device": (
+        ["train", "quickstart", "hardware.protect=[conv2d]", "campaign.defects=[chip.npz]"],
+        "hardware.protect keeps nothing from the devices of campaign.defects",
+    ),
+    "errors of known devices": (
+        ["train", "quickstart", "campaign={defects: [chip.npz], errors: soft}"],
+        "campaign.errors is for sweeps",
+    ),
     "protection without a method": (["campaign", "reliability", "protections.0.method=tmr"], "'triplicate', 'ecc' or"),
     "single faults that cannot be counted": (
         ["campaign", "reliability", "single_faults.0.fault={name: log_normal_variation, sigma: 0.1}"],
@@ -241,6 +250,15 @@ def file_mistakes(tmp_path, finished):
     below = write(tmp_path / "file", "")
     yield ["run", "quickstart", "--out", below / "run"], "file"
     yield ["run", "quickstart", "--out", tmp_path, "--overwrite"], "run"
+
+
+def test_what_is_refused_anew_is_read_of_a_run(tmp_path):
+    protected = {"hardware": {"layers": ["conv2d"], "protect": ["depth:0"]}, "campaign": {"defects": ["chip.npz"]}}
+    protected["campaign"]["errors"] = "soft"
+    path = config_with(tmp_path, **protected, train=None, models={"net": {"file": "model.pt"}})
+    with pytest.raises(ValueError, match="hardware.protect"):
+        read_config(path)
+    assert config_from(yaml.safe_load(path.read_text())).campaign.errors == "soft"
 
 
 def test_mistakes_in_files_lose_nothing(tmp_path, finished, monkeypatch, capsys):

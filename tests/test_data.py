@@ -262,6 +262,9 @@ def test_class_folders_are_read_in_sorted_order(tmp_path):
         ({"stored": torch.rand(8, 1, 4, 4)}, "pixels are uint8 from 0 to 255, got float32; convert them"),
         ({"stored": torch.zeros(8, 4, 4, dtype=torch.uint8)}, r"C of 1 or 3, got \[8, 4, 4\]; reshape"),
         ({"stored": torch.zeros(8, 4, 4, 3, dtype=torch.uint8)}, r"C of 1 or 3, got \[8, 4, 4, 3\]; reshape"),
+        ({"stored": np.zeros((8, 1, 4, 4), np.uint8)}, r"a tensor of pixels or a tuple of paths, got ndarray; give"),
+        ({"labels": np.arange(8) % 2}, r"labels are a tensor, got ndarray; give torch.as_tensor\(labels\)"),
+        ({"labels": [0, 1] * 4}, "labels are a tensor, got list"),
         ({"labels": torch.arange(8, dtype=torch.int32) % 2}, r"labels are int64, got int32; give labels.long\(\)"),
         ({"labels": torch.arange(7) % 2}, r"got labels \[7\] for 8 images"),
         ({"labels": torch.eye(8, dtype=torch.int64)}, r"got labels \[8, 8\] for 8 images"),
@@ -759,3 +762,15 @@ def test_all_real_cifar10_images():
     assert (train.num_images, test.num_images) == (50_000, 10_000)
     assert train.mean == test.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=1e-3)
     assert train.std == pytest.approx((0.2470, 0.2435, 0.2616), abs=3e-3)
+
+
+def test_names_that_are_no_utf8_are_read(tmp_path):
+    """Old zip archives leave such names."""
+    for split in ("train", "test"):
+        for name, colour in (("ant", 10), ("zebra", 200)):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (6, 6), (colour, 0, 0)).save(folder / "a.png")
+            os.rename(folder / "a.png", os.path.join(os.fsencode(folder), b"caf\xe9.png"))
+    read = data.load(data.DataConfig(name="image_folder", root=str(tmp_path)), "train")
+    assert read.num_images == 2

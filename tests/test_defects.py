@@ -11,8 +11,8 @@ from injected import FIXED, create, gen, images
 from test_plans import rewrite
 from torch import nn
 
-from ftnas import FixedPoint, inject
-from ftnas.faults import AdSAF, BitAdSAF, DefectMap, MiBB, PlanSet
+from ftnas import FixedPoint, Quantization, inject
+from ftnas.faults import AdSAF, BitAdSAF, DefectMap, MiBB, PlanSet, Where
 from ftnas.faults.hardware import Hardware
 
 FAULTS = {
@@ -177,3 +177,73 @@ def test_a_map_is_made_of_the_plans_of_one_stuck_at_model():
             ValueError, match="a defect map holds the stuck cells of one model, adsaf or bit_adsaf, got"
         ):
             DefectMap.of(PlanSet(faults, {}))
+
+
+def test_a_known_device_at_rest_keeps_its_words(tmp_path):
+    model, narrow = create("plain"), Quantization(weights=FixedPoint(bits=2), features=FIXED)
+    with torch.no_grad(), inject(model, AdSAF(), quantization=narrow, seed=4) as injection:
+        model(images())
+    plans = injection.plans()
+    plans.save(tmp_path / "plans.npz")
+    DefectMap.of(plans).save(tmp_path / "map.npz")
+    for file in ("plans.npz", "map.npz"):
+        hardware = Hardware(defects=str(tmp_path / file), quantization=narrow)
+        assert hardware.formats() == (FixedPoint(bits=2, encoding="sign_magnitude"), FIXED)
+        with torch.no_grad():
+            with inject(model, plans=plans, quantization=narrow) as faulty, faulty.paused():
+                expected = model(images())
+            with hardware.at_rest().inject(model, seed=0) as resting:
+                assert torch.equal(model(images()), expected) and resting.record.hits == 0
+            with hardware.without_faults().inject(model, seed=0):
+                assert not torch.equal(model(images()), expected)
+
+
+def test_a_device_without_plans_is_at_rest_as_it_was_asked_for(tmp_path):
+    PlanSet((), {}).save(tmp_path / "none.npz")
+    hardware = Hardware(defects=str(tmp_path / "none.npz"), layers="linear")
+    assert hardware.at_rest().fault is None and hardware.formats() == (FIXED, FIXED)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_the_cells_of_a_map_are_hit_wherever_its_fault_model_was_aimed(tmp_path, kind):
+    fault = FAULTS[kind].model_copy(update={"where": Where(layers="0")})
+    shapes = {"0": (4, 3, 3, 3), "3": (2, 4, 3, 3)}
+    defects = DefectMap(fault, {layer: torch.ones(*ROWS[kind], *shape) for layer, shape in shapes.items()})
+    defects.save(tmp_path / "device.npz")
+    for plans in (defects.plans(), DefectMap.load(tmp_path / "device.npz").plans()):
+        model = create("plain")
+        with torch.no_grad(), inject(model, plans=plans, quantization=FIXED) as injection:
+            model(images())
+        assert injection.record.hits == plans.hits() == sum(cells.numel() for cells in defects.cells.values())
+
+
+def test_plans_that_the_aim_of_their_fault_model_leaves_out_are_refused():
+    model, aimed = create("plain"), AdSAF(where=Where(layers="0"))
+    plans = dict(DefectMap(AdSAF(), {"0": torch.ones(4, 3, 3, 3), "3": torch.ones(2, 4, 3, 3)}).plans().plans)
+    message = "the plans hit layer '3', which where.layers of their adsaf leaves out; remove where, or that plan"
+    with pytest.raises(ValueError, match=message):
+        inject(model, plans=PlanSet((aimed,), plans), quantization=FIXED)
+    other = plans.pop((0, "3", 0))
+    with torch.no_grad(), inject(model, plans=PlanSet((aimed,), plans), quantization=FIXED) as injection:
+        model(images())
+        with pytest.raises(ValueError, match=message):
+            injection.replay(PlanSet((aimed,), {(0, "3", 0): other}))
+    assert injection.record.hits == 108
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", ">i2", "uint16", "uint32", "int64", "float16", "float64"])
+def test_any_array_of_numbers_is_a_map(dtype):
+    plain = np.array([[1, 0, 0], [1, 1, 0]]).astype(dtype)
+    fixed = plain.copy()
+    fixed.flags.writeable = False
+    expected = DefectMap(AdSAF(), {"": torch.tensor([[1, 0, 0], [1, 1, 0]])}).plans().plans[0, "", 0]
+    for array in (plain, plain[::-1].copy()[::-1], np.asfortranarray(plain), fixed):
+        plan = DefectMap(AdSAF(), {"": array}).plans().plans[0, "", 0]
+        assert torch.equal(plan.sites, expected.sites) and torch.equal(plan.codes, expected.codes)
+        assert plan.shape == (2, 3)
+
+
+@pytest.mark.parametrize("array", [np.array([[1, None]]), np.array(["1"]), np.ones((2, 2), dtype=complex)])
+def test_an_array_of_something_else_is_no_map(array):
+    with pytest.raises(ValueError, match="cells are 0, 1 or 2, got an array of .*; give numbers"):
+        DefectMap(AdSAF(), {"": array})

@@ -12,9 +12,11 @@ from test_nodes_study import SMALL
 from ftnas import rng
 from ftnas.cli import cli
 from ftnas.nodes import Node, Partition, Skip, SplitNetwork
-from ftnas.nodes.live import LiveNetwork
+from ftnas.nodes import stream as stream_module
+from ftnas.nodes.live import LiveAnswer, LiveNetwork
 from ftnas.nodes.models import SplitModel
 from ftnas.nodes.stream import Step, one_thread, summary
+from ftnas.nodes.study import LiveConfig
 from ftnas.workers import start_ray
 
 NODES = (Node(name="a", blocks=(0,), to="b"), Node(name="b", blocks=(1,), to="c"), Node(name="c", blocks=(2,)))
@@ -81,6 +83,38 @@ def test_the_command_runs_a_trained_network_and_tells_of_the_loss(tmp_path, ray_
     assert (tmp_path / "run" / "live" / "steps.json").is_file()
 
 
+@pytest.mark.parametrize("lost", [frozenset(), frozenset({"a", "c"})])
+def test_a_limit_that_living_nodes_cannot_keep_is_an_error(lost, monkeypatch):
+    class Late:
+        """Stands in for the processes: some seem lost before anything was."""
+
+        def __init__(self, network, *, time_limit_s):
+            self.network = network
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def __call__(self, inputs):
+            return LiveAnswer(self.network(inputs), lost, lost, 0.01)
+
+    monkeypatch.setattr(stream_module, "LiveNetwork", Late)
+    batches = [(INPUTS, torch.zeros(16, dtype=torch.int64))]
+    live = LiveConfig(time_limit_s=0.1, images=16, batch_size=16)
+    if not lost:
+        assert len(stream_module.stream(small_network(), batches, live, num_classes=10)) == 1
+        return
+    with pytest.raises(RuntimeError, match="a, c gave no answer within a third of live.time_limit_s=0.1 .* give more"):
+        stream_module.stream(small_network(), batches, live, num_classes=10)
+
+
+def test_the_limit_after_the_loss_of_two_nodes_is_told_as_it_is():
+    text = summary([Step(0, 1, ["b", "c"], ["b", "c"], 0.5, 1.0, 1.0, True)], title="t", limit_s=3.0)
+    assert "loss of b, c took 0.500 s; the limit is 6 s." in text
+
+
 def test_percentiles_and_accuracy_by_hand():
     steps = [Step(i, 2, [], [], (i + 1) / 1000, 1.0, 1.0, True) for i in range(100)]
     steps += [Step(100, 2, ["b"], ["b"], 0.5, 2.0, 2.0, True), Step(102, 2, ["b"], [], 0.002, 0.0, 2.0, False)]
@@ -98,6 +132,7 @@ def test_percentiles_and_accuracy_by_hand():
         (["--kill", "b"], "written NODE@IMAGE"),
         (["--kill", "x@1"], "unknown node 'x'"),
         (["--hang", "b@500"], "image 500 is never sent"),
+        (["--kill", "b@359", "live.images=null"], "image 359 is never sent, there are images 0 to 358"),
         (["--hang", "b@1", "--kill", "b@2"], "both in kill and in hang"),
         (["live.variant=resilient"], "did you mean 'resilinet'"),
         (["live.images=1000"], "there are 359 test images"),

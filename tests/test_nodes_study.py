@@ -1,6 +1,7 @@
 """Studies of split networks: training with failout, records, table, the command line."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -273,6 +274,22 @@ def test_a_study_from_before_digests_gets_them(tmp_path):
     (out / "run.json").write_text(json.dumps(info))
     assert nodes("evaluate", config, out) == 0
     assert json.loads((out / "run.json").read_text()) == info | digests
+
+
+def test_what_a_training_would_be_for_nothing_by_is_told_before_it(tmp_path):
+    leaves = [
+        {"name": "a", "blocks": [0], "to": "c"},
+        {"name": "b", "blocks": [1], "to": "c"},
+        {"name": "c", "blocks": [2]},
+    ]
+    several = {"nodes": leaves, "skips": [{"source": "input", "to": "c"}]}
+    for changed, message in (
+        ({"test_images": 400}, "test_images: there are 359 test images, got 400"),
+        ({"partition": several}, r"node 'b' cannot take what 'input' sends, of shape \(1, 8, 8\)"),
+    ):
+        config = write(tmp_path / "c.yaml", **changed)
+        assert re.search(message, str(nodes("train", config, tmp_path / "run")))
+        assert not list((tmp_path / "run").glob("*.pt"))
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
+
 import pytest
 import torch
+from rich.console import Console
 from scipy import stats
 from torch import nn
 
@@ -13,11 +17,12 @@ from ftnas.faults import AdSAF, FeatureBitFlip, MiBB, NeuronCrash, PlanSet, Weig
 from ftnas.faults.hardware import Hardware
 from ftnas.models import count
 from ftnas.quantize import FixedPoint
+from ftnas.report import make_report
 from ftnas.rng import isolated
 from ftnas.rundir import RunDir
 from ftnas.single import RECORDS, SingleFaultConfig, draw_experiments, operator_of, run_single_faults, single_faults
 from ftnas.survey import Stratum, stratified_interval
-from ftnas.vulnerability import read_single
+from ftnas.vulnerability import read_single, single_to_csv, unfinished
 
 HARDWARE = Hardware(layers=None)
 
@@ -195,3 +200,44 @@ def test_operators_have_the_fields_names():
     assert operator_of(nn.Conv2d(4, 8, 1)) == "pointwise"
     assert operator_of(nn.Conv2d(4, 8, (1, 5))) == "conv 1x5"
     assert operator_of(nn.Linear(2, 2)) == "linear"
+
+
+def test_a_part_of_the_strata_is_not_taken_for_the_whole(images, tmp_path):
+    records = run(tmp_path / "run", images, conv_net(), margin=0.2, minimum=2)
+    assert {(r["strata"], r["layer_strata"]) for r in records} == {(16, 8)}
+    with_codes = run(tmp_path / "codes", images, conv_net(), margin=0.2, minimum=2, fault={"name": "adsaf"})
+    assert [(r["strata"], r["layer_strata"]) for r in with_codes] == [(4, 2)] * 4
+
+    def read(lines):
+        (tmp_path / "single.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return read_single(tmp_path / "single.jsonl")[0]
+
+    def rows_by(found):
+        return {line.split(",")[2] for line in single_to_csv([found]).splitlines()[1:]}
+
+    (complete,) = read_single(tmp_path / "run" / RECORDS)
+    assert complete.missing == "" and unfinished([complete]) == []
+    for number, layers in ((3, []), (8, ["0"]), (11, ["0"])):
+        found = read(records[:number])
+        assert found.whole is None and found.bits == found.operators == {}
+        assert list(found.layers) == layers and all(found.layers[name] == complete.layers[name] for name in layers)
+        assert len(found.cell_intervals) == number
+        assert found.missing == f"unfinished: {number} of 16 strata" and found.missing in unfinished([found])[0]
+        assert rows_by(found) == {"cell", *(["layer"] if layers else [])}
+    old = [{k: v for k, v in record.items() if not k.endswith("strata")} for record in records]
+    assert read(old).whole == complete.whole and read([*old[:4], *records[4:]]).whole == complete.whole
+    resumed = read([*old[:4], *records[4:10]])  # begun before the number was written
+    assert resumed.strata == (10, 16) and list(resumed.layers) == ["0"]
+
+
+def test_the_report_of_an_unfinished_run_says_so(images, tmp_path):
+    records = run(tmp_path / "run", images, conv_net(), margin=0.2, minimum=2)
+    for number in (3, 9):
+        (tmp_path / "single.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[:number]))
+        out = io.StringIO()
+        make_report(tmp_path, console=Console(file=out, width=160))
+        page = (tmp_path / "report" / "report.html").read_text()
+        for shown in (out.getvalue(), page):
+            assert f"unfinished: {number} of 16 strata" in shown
+        assert "with a probability of" not in page and " all " not in out.getvalue()
+        assert ("Ranking of the layers" in page) == (number == 9) and "Ranking of the operators" not in page

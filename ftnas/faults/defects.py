@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ftnas.faults.base import Plan
@@ -28,7 +29,7 @@ class DefectMap:
 
     Attributes:
         fault: What a cell is, and what being stuck means: `AdSAF` (``cells`` and ``stuck_at`` count, its rates do not)
-            or `BitAdSAF`.
+            or `BitAdSAF`. Its ``where`` is left out: the cells say what is hit.
         cells: Layer -> int8 of 0 (works), 1 (stuck at 0) and 2 (stuck at 1, or at R). Its shape is that of the weight
             for logical cells, [2, weight] for differential ones (positive cells first), and [bits - 1, weight] for
             `BitAdSAF` (least significant bit first).
@@ -57,8 +58,9 @@ class DefectMap:
         return cls(plans.faults[0], cells)
 
     def __post_init__(self) -> None:
-        cells = {layer: torch.as_tensor(array) for layer, array in self.cells.items()}  # NumPy arrays will do
+        cells = {layer: _tensor(layer, array) for layer, array in self.cells.items()}
         object.__setattr__(self, "cells", cells)
+        object.__setattr__(self, "fault", self.fault.model_copy(update={"where": None}))
 
     def plans(self) -> PlanSet:
         """Return the plans that put this device under a model: ``inject(model, plans=defects.plans(), ...)``.
@@ -118,3 +120,13 @@ class DefectMap:
             if array.size and not (WORKS <= int(array.min()) and int(array.max()) <= STUCK_AT_1):
                 raise ValueError(f"{path}: the cells of {layer!r} are 0, 1 or 2, got {array.min()}..{array.max()}")
         return cls(faults[0], {layer: torch.from_numpy(array.astype(np.int8)) for layer, array in cells.items()})
+
+
+def _tensor(layer: str, cells: Tensor | ArrayLike) -> Tensor:
+    """Return cells as a tensor; of an array a copy, since torch takes neither flipped views nor swapped bytes."""
+    if isinstance(cells, Tensor):
+        return cells
+    array = np.asarray(cells)
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        raise ValueError(f"defect map, {layer!r}: cells are 0, 1 or 2, got an array of {array.dtype}; give numbers")
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))

@@ -61,6 +61,7 @@ class Drawing:
         given: Mapping[Key, Plan] | None = None,
     ) -> None:
         self.placed = list(placed)
+        self._check_given(given or {})
         self.hard = hard
         self.given = given
         self._last: dict[Key, tuple[int, Plan]] = {}
@@ -87,6 +88,7 @@ class Drawing:
 
     def replay(self, given: Mapping[Key, Plan]) -> None:
         """Use these plans from now on, in place of others that were given."""
+        self._check_given(given)
         self.given = given
         self._kept.clear()
         self._last.clear()
@@ -208,6 +210,21 @@ class Drawing:
         elif not self._seeded:
             stream.manual_seed(seed_for(self._seed, *labels))
         return stream
+
+    def _check_given(self, given: Mapping[Key, Plan]) -> None:
+        """Refuse plans that hit a layer which the fault model's own ``where`` leaves out: they would not be used.
+
+        Raises:
+            ValueError: One line.
+        """
+        reach = {placed.number: placed for placed in self.placed}
+        for (number, layer, _), plan in given.items():
+            if number in reach and layer not in reach[number].layers and plan.hits():
+                name = reach[number].fault.name
+                raise ValueError(
+                    f"the plans hit layer {layer!r}, which where.layers of their {name} leaves out; "
+                    "remove where, or that plan"
+                )
 
     def _given(self, placed: Placed, key: Key, site: Site) -> tuple[Plan, Plan | None] | None:
         assert self.given is not None

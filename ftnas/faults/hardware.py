@@ -72,21 +72,31 @@ class Hardware(Settings):
         return self.model_copy(update={"fault": None, "also": (), "defects": None, "protect": ()})
 
     def at_rest(self) -> Hardware:
-        """Return the same hardware on which nothing fails: words that a fault model brings along stay."""
-        if self.fault is None:
-            return self.without_faults()
-        resting = {"fault": self.fault.with_rate(0.0), "also": tuple(fault.with_rate(0.0) for fault in self.also)}
-        return self.model_copy(update={**resting, "protect": ()})
+        """Return the same hardware on which nothing fails: words that a fault model brings along stay.
+
+        Raises:
+            ValueError: One line: the file of ``defects`` cannot be read.
+        """
+        resting = tuple(fault.with_rate(0.0) for fault in self._models())
+        layers = self.layers if self.defects is None else None  # a device's words are those of every layer
+        update = {"fault": resting[0] if resting else None, "also": resting[1:], "layers": layers}
+        return self.without_faults().model_copy(update=update)
 
     def formats(self) -> tuple[FixedPoint | FloatFormat, FixedPoint]:
         """Return how weights and features are held: as asked, unless a fault model's hardware has words of its own.
 
         Raises:
-            ValueError: Two fault models whose hardware differs.
+            ValueError: Two fault models whose hardware differs, or the file of ``defects`` cannot be read.
         """
-        form = weight_format(self.quantization.weights, [] if self.fault is None else [self.fault, *self.also])
+        form = weight_format(self.quantization.weights, self._models())
         assert form is not None
         return form, self.quantization.features
+
+    def _models(self) -> list[Fault]:
+        """Return the fault models: those that were given, or those of the known device."""
+        if self.defects is not None:
+            return list(load_device(self.defects).faults)
+        return [] if self.fault is None else [self.fault, *self.also]
 
     def with_fault(self, fault: Fault, *also: Fault) -> Hardware:
         """Return the same hardware under other fault models."""
@@ -116,8 +126,7 @@ class Hardware(Settings):
             )
         return inject(
             model,
-            *([] if self.fault is None else [self.fault]),
-            *self.also,
+            *self._models(),
             quantization=self.quantization,
             seed=seed,
             layers=self.layers,

@@ -225,7 +225,9 @@ def train_all(config: NodesConfig, folder: RunDir, *, checkpoint_every_s: float 
     if not missing:
         say("every variant is trained")
         return
-    images, validation = split(config, samples_of(config, folder)[0])
+    training, testing = samples_of(config, folder)
+    test_set(config, testing)  # that there are as many as are asked for
+    images, validation = split(config, training)
     done = (len(wanted) - len(missing)) * config.epochs
     with track("epochs", len(wanted) * config.epochs, done=done) as bar:
         for name, seed in missing:

@@ -21,6 +21,8 @@ from ftnas.workers import start_ray
 THIRDS = 3
 """Parts of the time limit: until a silence is noticed, until each node was asked, until the second answer."""
 START_LIMIT_S = 240.0
+LEAST_SIGN_S = 0.5
+"""A living process may be scheduled late by this much."""
 PATIENCE = 100
 """How often nodes that live may keep an answer back, before that is an error."""
 
@@ -197,12 +199,12 @@ class LiveNetwork:
         return sent[self.network.partition.top]
 
     def _silent(self) -> frozenset[str]:
-        """Return the nodes that give no sign of life within a third of the time limit."""
+        """Return the nodes that give no sign of life within a third of the time limit, or `LEAST_SIGN_S`."""
         import ray
 
         living = {name: host for name, host in self._hosts.items() if name not in self.down}
         calls = {name: host.pid.options(concurrency_group="life").remote() for name, host in living.items()}
-        ray.wait(list(calls.values()), num_returns=len(calls), timeout=self._patience)
+        ray.wait(list(calls.values()), num_returns=len(calls), timeout=max(self._patience, LEAST_SIGN_S))
         silent = set()
         for name, call in calls.items():
             try:

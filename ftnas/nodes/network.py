@@ -139,7 +139,14 @@ class SplitNetwork(nn.Module):
             for name, module in zip(self.order, self.nodes, strict=True):
                 first = next(link for link in self.links if link.to == name)
                 inputs[name] = outputs[first.source]
-                outputs[name] = tuple(module(torch.zeros(1, *inputs[name])).shape[1:])
+                try:
+                    outputs[name] = tuple(module(torch.zeros(1, *inputs[name])).shape[1:])
+                except RuntimeError as error:
+                    reason = " ".join(str(error).split())
+                    raise ValueError(
+                        f"node {name!r} cannot take what {first.source!r} sends, of shape {inputs[name]}: {reason}; a "
+                        "node without children gets the input itself"
+                    ) from None
         self.nodes.train(was_training)
         self.shapes = outputs
         return nn.ModuleList(Match(outputs[link.source], inputs[link.to], matching=matching) for link in self.links)

@@ -56,14 +56,17 @@ def run_live(config: NodesConfig, folder: RunDir) -> str:
 
     Raises:
         ValueError: The variant is not trained yet, or there are fewer images than asked for.
-        RuntimeError: An answer after the loss of one node came later than the time limit.
+        RuntimeError: An answer after a loss came later than the time limit for each node that was lost.
     """
     name = config.live.variant or _first_with_skips(config)
     images = test_set(config, samples_of(config, folder)[1])
     if (config.live.images or 0) > len(images):
         raise ValueError(f"live.images: there are {len(images)} test images, got {config.live.images}")
-    network = trained(config, name, images, seed=config.seed, folder=folder)
     chosen = images.subset(range(config.live.images or len(images)))
+    for node, image in [*config.live.kill.items(), *config.live.hang.items()]:
+        if image >= len(chosen):
+            raise ValueError(f"{node}: image {image} is never sent, there are images 0 to {len(chosen) - 1}")
+    network = trained(config, name, images, seed=config.seed, folder=folder)
     batches = list(chosen.batches(config.live.batch_size))
     with one_thread():
         steps = stream(network, batches, config.live, num_classes=images.num_classes)
@@ -87,7 +90,12 @@ def stream(
     steps, first = [], 0
     say(f"starting a process for each of {', '.join(network.order)}")
     with torch.no_grad(), LiveNetwork(network, time_limit_s=live.time_limit_s) as nodes:
-        nodes(batches[0][0])  # the first call of a process takes longer than any other
+        early = nodes(batches[0][0]).lost  # the first call of a process takes longer than any other
+        if early:
+            raise RuntimeError(
+                f"{', '.join(sorted(early))} gave no answer within a third of live.time_limit_s="
+                f"{live.time_limit_s:g} before anything was lost; give more"
+            )
         with track("images", sum(len(labels) for _, labels in batches)) as bar:
             for inputs, labels in batches:
                 for name in _due(live.kill, first, len(labels)):
@@ -124,7 +132,8 @@ def summary(steps: list[Step], *, title: str, limit_s: float) -> str:
     differ = sum(not step.same for step in steps)
     lines += ["", f"Batches whose logits differ from the simulation's in any bit: {differ} of {len(steps)}."]
     lines += [
-        f"The answer after the loss of {', '.join(step.lost)} took {step.latency_s:.3f} s; the limit is {limit_s:g} s."
+        f"The answer after the loss of {', '.join(step.lost)} took {step.latency_s:.3f} s; the limit is "
+        f"{limit_s * len(step.lost):g} s."
         for step in steps
         if step.lost
     ]

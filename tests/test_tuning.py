@@ -48,6 +48,11 @@ class Killed(Net):
 def good(num_classes, in_channels): return Net(in_channels, num_classes)
 def full(num_classes, in_channels): return Full(in_channels, num_classes)
 def killed(num_classes, in_channels): return Killed(in_channels, num_classes)
+
+class Lagging(Net):
+    def forward(self, images):
+        return super().forward(images) * 0 + torch.arange(10.0)
+def lagging(num_classes, in_channels): return Lagging(in_channels, num_classes)
 """
 EPOCHS = 6  # of 5 steps of 2 forwards
 
@@ -226,13 +231,6 @@ def test_asha_stops_what_lags_behind(setting, capsys):
     path = config(
         setting / "asha.json", "good", "lagging", asha={"grace_epochs": 2, "reduction": 2}, recipe={"epochs": 8}
     )
-    with open(setting / "own_nets.py", "a") as file:
-        file.write(
-            "class Lagging(Net):\n"
-            "    def forward(self, images):\n"
-            "        return super().forward(images) * 0 + torch.arange(10.0)\n"
-            "def lagging(num_classes, in_channels): return Lagging(in_channels, num_classes)\n"
-        )
     run = setting / "asha"
     assert ftnas("train", path, "--workers", 1, "--out", run) == 0
     assert list(models(run)) == ["train/good/seed-0/model.pt", "train/model.pt"]
